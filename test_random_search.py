@@ -1,0 +1,707 @@
+"""Tests of random_search.py, `make test`, and its benchmark, `make bench`."""
+
+import itertools
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import random_search as rs  # before torch: it sets how torch's matrix library rounds
+
+HERE = Path(__file__).parent
+SHAPES = list(itertools.product([32, 64, 128, 256], [1, 2, 3, 4]))
+
+
+def generated_task(name: str) -> rs.Task:
+    """Made-up tasks of 90 rows, 72 of which train: full and smaller batches, 3 features."""
+    x = np.random.default_rng(0).normal(size=(90, 3))
+    return {
+        "two outputs": rs.Task(x, np.stack([x[:, 0] * x[:, 1], x[:, 2]], 1), F.mse_loss),
+        "binary": rs.Task(x, x[:, 0] * x[:, 1] > 0, rs.binary_cross_entropy),
+        "three classes": rs.Task(x, x.argmax(1), F.cross_entropy, classes=3),
+    }[name]
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    for name in ("two outputs", "binary", "three classes"):
+        monkeypatch.setitem(rs.TASKS, name, generated_task(name))
+
+
+def make_trial(number: int, **hyperparams) -> rs.Trial:
+    trial = rs.sample_trial(rs.HYPERPARAMS, 0, number)
+    trial.hyperparams |= hyperparams
+    return trial
+
+
+def bits(scores: list[float]) -> list[str]:
+    return [score.hex() for score in scores]
+
+
+def command(*arguments, program=(sys.executable,), **options):
+    line = [*program, str(HERE / "random_search.py"), *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run(line, check=False, **options)
+
+
+def call(monkeypatch, capsys, *arguments):
+    """main() in this process: its status, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["random_search.py", *map(str, arguments)])
+    try:
+        status = rs.main()
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+# ---- The oracle: the same training in ordinary PyTorch, one trial after another -----------------
+
+
+def train_plain(model, train, scored, loss, lr, batch_size, orders) -> float:
+    """Train an ordinary model; orders are the rows' orders, one an epoch. Return the final loss."""
+    (x, y), (scored_x, scored_y) = train, scored
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    model.train()
+    for order in orders:
+        for start in range(0, len(x), batch_size):
+            rows = order[start : start + batch_size]
+            optimizer.zero_grad()
+            loss(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        return loss(model(scored_x), scored_y).item()
+
+
+class GivenDropout(nn.Module):
+    """Dropout by the masks that a stack of this trial alone would use, made beforehand."""
+
+    def __init__(self, stacked: rs.StackedDropout, steps: int, shape: tuple):
+        super().__init__()
+        ones = torch.ones(2, *shape)
+        self.masks = [stacked(ones)[0] for _ in range(steps)]
+
+    def forward(self, x):
+        return x * self.masks.pop(0)[: len(x)] if self.training else x
+
+
+def plain_copy(trial: rs.Trial, data: dict, epochs: int) -> tuple[nn.Module, list]:
+    """An ordinary model with a trial's initial weights and masks, and its row orders."""
+    keys = torch.from_numpy(np.array([trial.seed] * 2, np.uint64).view(np.int32).reshape(2, 2))
+    stack = rs.build_stack([trial] * 2, data, keys).train()
+    arguments = {k: v for k, v in trial.hyperparams.items() if k not in rs.TRAINING}
+    model = rs.build_model(**data["sizes"], **arguments)
+    model.load_state_dict({name: value[0] for name, value in stack.state_dict().items()})
+    rows = len(data["train"][0])
+    batch = min(trial.hyperparams["batch_size"], rows)
+    steps = epochs * math.ceil(rows / batch)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Dropout):
+            shape = (batch, trial.hyperparams["hidden_size"])
+            model.set_submodule(name, GivenDropout(stack.get_submodule(name), steps, shape))
+    (shuffle,) = rs.derive_keys(keys, 1)
+    orders = [torch.arange(rows)] * epochs  # of a full batch the order does not matter
+    if batch < rows:
+        each = [rs.random_bits(rs.derive_keys(shuffle, 1, e)[0], rows)[0] for e in range(epochs)]
+        orders = [order.argsort(stable=True) for order in each]
+    return model, orders
+
+
+def mean_loss(task: rs.Task):
+    return lambda outputs, y: task.loss(outputs, y, reduction="none").mean()
+
+
+@pytest.mark.parametrize("name", ["xor", "regression", "two outputs", "binary", "three classes"])
+def test_a_stack_ends_like_plain_pytorch(name, tasks):
+    data, epochs = rs.prepare(name), 12
+    for hidden_size, num_layers in [(32, 1), (64, 4), (256, 2)]:
+        shape = {"hidden_size": hidden_size, "num_layers": num_layers, "batch_size": 32}
+        trials = [make_trial(number, **shape) for number in range(4)]
+        model, losses = rs.train_stack(trials, data, epochs)
+        for index, trial in enumerate(trials):
+            plain, orders = plain_copy(trial, data, epochs)
+            loss = mean_loss(data["task"])
+            lr, batch_size = trial.hyperparams["lr"], trial.hyperparams["batch_size"]
+            end = train_plain(plain, data["train"], data["scored"], loss, lr, batch_size, orders)
+            assert losses[index].item() == pytest.approx(end, rel=1e-4)
+            state = model.state_dict()
+            for key, value in plain.state_dict().items():
+                torch.testing.assert_close(state[key][index], value, rtol=1e-3, atol=1e-5)
+
+
+# ---- A trial is a function of (seed, number) ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["xor", "regression"])
+def test_bit_for_bit_alone_in_a_pair_and_in_a_wide_stack(name):
+    data = rs.prepare(name)
+    for hidden_size, num_layers in SHAPES:
+        shape = {"hidden_size": hidden_size, "num_layers": num_layers}
+        trials = [make_trial(number, **shape) for number in range(19)]
+        wide = bits(rs.train_and_evaluate(trials, data, 6))
+        assert len(set(wide) - {"nan"}) == 19 - wide.count("nan") > 10
+        assert bits(rs.train_and_evaluate(trials[3:4], data, 6)) == wide[3:4]
+        assert bits(rs.train_and_evaluate(trials[17:], data, 6)) == wide[17:]
+        assert bits(rs.train_and_evaluate(trials[::-1], data, 6)) == wide[::-1]
+
+
+@pytest.mark.parametrize("name", ["two outputs", "binary", "three classes"])
+def test_bit_for_bit_in_batches_on_any_number_of_threads(name, tasks):
+    data, threads = rs.prepare(name), torch.get_num_threads()
+    trials = [make_trial(n, hidden_size=64, num_layers=2, batch_size=16) for n in range(40)]
+    wide = bits(rs.train_and_evaluate(trials, data, 4))
+    torch.set_num_threads(1)
+    try:
+        assert bits(rs.train_and_evaluate(trials[7:8], data, 4)) == wide[7:8]
+        assert bits(rs.train_and_evaluate(trials[5:20], data, 4)) == wide[5:20]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def search(count: int, seed: int = 0, **options) -> list[rs.Trial]:
+    data = rs.prepare("xor")
+    return rs.random_search(
+        lambda trials: rs.train_and_evaluate(trials, data, 5),
+        rs.HYPERPARAMS,
+        count,
+        seed,
+        lambda trials: rs.make_stacks(trials, data),
+        **options,
+    )
+
+
+def test_the_seed_and_nothing_else_decides():
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = search(30)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert search(30) == first
+    assert search(10) == first[:10]
+    other = search(10, seed=1)
+    assert all(a.hyperparams != b.hyperparams for a, b in zip(first, other, strict=False))
+    assert {trial.score for trial in first}.isdisjoint(trial.score for trial in other)
+    torch.set_rng_state(state)
+    np.random.seed(7)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    search(10)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    assert numpy_state is not None
+
+
+def test_the_sampler_is_uniform_and_gives_plain_values():
+    space = {"a": np.linspace(0, 1, 5), "b": np.arange(4), "c": [None, True, "x", 2.5], "d": (7,)}
+    space["e"] = lambda generator: 10 ** generator.uniform(-4, -1)
+    samples = [rs.sample_hyperparams(space, 3, number) for number in range(4000)]
+    assert {type(value) for sample in samples for value in sample.values()} == {
+        float,
+        int,
+        bool,
+        str,
+        type(None),
+    }
+    for name, size in {"a": 5, "b": 4, "c": 4}.items():
+        counts = [[s[name] for s in samples].count(value) for value in list(space[name])]
+        expected = len(samples) / size
+        assert sum((count - expected) ** 2 / expected for count in counts) < 25  # chi squared
+    assert all(1e-4 <= sample["e"] <= 1e-1 for sample in samples)
+    assert len({tuple(sample.values()) for sample in samples}) == len(samples)
+
+
+def masks(seeds: list[int], rate: float, steps: int, stream: int) -> torch.Tensor:
+    keys = torch.from_numpy(np.array(seeds, np.uint64).view(np.int32).reshape(-1, 2))
+    layer = rs.StackedDropout([rate] * len(seeds), rs.derive_keys(keys, 1, stream)[0])
+    return torch.stack([layer(torch.ones(len(seeds), 8, 64)) for _ in range(steps)])
+
+
+def test_dropout_keeps_its_rate_and_is_independent():
+    trials = [rs.sample_trial(rs.HYPERPARAMS, 0, number) for number in range(16)]
+    one, other = (masks([t.seed for t in trials], 0.3, 40, stream) for stream in (3, 6))
+    kept = (one > 0).float()
+    assert one.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    count = kept.numel()
+    assert kept.mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / count))
+    shifted = {
+        "step": (kept[1:], kept[:-1]),
+        "trial": (kept[:, 1:], kept[:, :-1]),
+        "row": (kept[:, :, 1:], kept[:, :, :-1]),
+        "unit": (kept[..., 1:], kept[..., :-1]),
+        "layer": (kept, (other > 0).float()),
+    }
+    for name, pair in shifted.items():
+        a, b = (values.flatten() - 0.7 for values in pair)
+        correlation = (a * b).mean().item() / 0.21
+        assert abs(correlation) < 5 / math.sqrt(len(a)), name
+    flat = kept.transpose(0, 1).flatten(0, 1).flatten(1)  # no two masks of any trial, step agree
+    agreement = (flat @ flat.T + (1 - flat) @ (1 - flat).T) / flat.shape[1]
+    agreement.fill_diagonal_(0)
+    assert agreement.max() < 0.58 + 6 * math.sqrt(0.25 / flat.shape[1])
+
+
+def test_initial_weights_are_those_of_linear_and_differ_between_trials_and_layers():
+    data = rs.prepare("xor")
+    keys = torch.from_numpy(np.arange(12, dtype=np.int32).reshape(6, 2))
+    trial = make_trial(0, hidden_size=64, num_layers=3)
+    values = list(rs.build_stack([trial] * 6, data, keys).parameters())
+    for value in values[2:]:
+        bound = 1 / 8
+        assert value.abs().max() <= bound
+        assert value.mean().item() == pytest.approx(0, abs=5 * bound / math.sqrt(3 * value.numel()))
+        if value.numel() > 1000:
+            assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+            assert len(value.unique()) > 0.95 * value.numel()
+    assert not torch.equal(values[2][0], values[2][1])
+    assert not torch.equal(values[2][0], values[4][0])
+
+
+def test_every_trial_and_epoch_has_an_order_of_its_own(tasks):
+    data = rs.prepare("two outputs")
+    keys = torch.from_numpy(np.arange(4, dtype=np.int32).reshape(2, 2))
+    x = data["train"][0]
+    steps = [batch[0] for batch in rs.batches(data, keys, 32, 2)]
+    assert [step.shape[1] for step in steps] == [32, 32, 8] * 2
+    epochs = [torch.cat(steps[:3], 1), torch.cat(steps[3:], 1)]
+    for epoch, trial in itertools.product(range(2), range(2)):
+        rows = epochs[epoch][trial]
+        assert sorted(rows.tolist()) == sorted(x.tolist())
+        assert not torch.equal(rows, x)
+    assert not torch.equal(epochs[0][0], epochs[0][1])
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+
+
+def test_every_hyperparameter_acts(tasks):
+    data = rs.prepare("two outputs")
+    base = {"lr": 0.05, "batch_size": 16, "hidden_size": 32, "num_layers": 2, "dropout": 0.1}
+    changes = {"lr": 0.06, "batch_size": 32, "hidden_size": 64, "num_layers": 3, "dropout": 0.2}
+    losses = []
+    for change in [{}, *({name: value} for name, value in changes.items())]:
+        model, loss = rs.train_stack([make_trial(0, **base | change)], data, 3)
+        losses.append(loss[0].item())
+        hidden = (base | change)["hidden_size"]
+        layers = [m for m in model.modules() if isinstance(m, rs.StackedLinear)]
+        assert len(layers) == (base | change)["num_layers"] + 1
+        assert layers[0].weight.shape[1:] == (hidden, 3)
+    assert len(set(losses)) == len(losses)
+
+
+def test_a_batch_size_past_the_rows_is_a_full_batch():
+    data = rs.prepare("xor")
+    trials = [make_trial(0, batch_size=size) for size in rs.HYPERPARAMS["batch_size"]]
+    assert len(rs.make_stacks(trials, data)) == 1
+    assert len(set(rs.train_and_evaluate(trials, data, 5))) == 1
+    assert len({rs.train_and_evaluate([trial], data, 5)[0] for trial in trials}) == 1
+
+
+# ---- The search ---------------------------------------------------------------------------------
+
+
+def test_three_lines_search_any_function():
+    trials = rs.random_search(
+        lambda ts: [-(t.hyperparams["x"] ** 2) for t in ts], {"x": range(-9, 10)}, 99
+    )
+    best = rs.best_trial(trials)
+    assert best.hyperparams == {"x": 0}
+    assert best.number == min(t.number for t in trials if t.hyperparams["x"] == 0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([1.0, 3.0, 2.0], 1),
+        ([2.0, 3.0, 3.0, 3.0], 1),
+        ([math.nan, -5.0, -7.0], 1),
+        ([math.nan, math.nan], None),
+        ([math.inf, 1.0, -math.inf], 1),
+    ],
+)
+def test_the_best_is_the_highest_then_the_lowest_number_and_never_nan(scores, best, order):
+    trials = rs.random_search(
+        lambda stack: [scores[trial.number] for trial in stack],
+        {"x": [0]},
+        len(scores),
+        make_stacks=lambda trials: [[trial] for trial in trials[::order]],
+    )
+    assert [trial.number for trial in trials] == list(range(len(scores)))
+    found = rs.best_trial(trials[::order])
+    assert (found and found.number) == best
+
+
+def test_a_missing_score_is_an_error():
+    with pytest.raises(ValueError, match="shorter"):
+        rs.random_search(lambda stack: [], {"x": [0]}, 1)
+
+
+def test_a_loss_of_zero_has_a_finite_score_and_divergence_none(monkeypatch):
+    for losses, scores in [([0.0, 0.5], [1e12, 2.0]), ([math.nan, math.inf], [math.nan] * 2)]:
+        monkeypatch.setattr(rs, "train_stack", lambda *_, v=losses: (None, torch.tensor(v)))
+        assert rs.train_and_evaluate([make_trial(0)] * 2, None, 1) == pytest.approx(
+            scores, nan_ok=True
+        )
+
+
+def test_divergence_of_one_trial_leaves_the_others_alone():
+    data = rs.prepare("regression")
+    shape = {"hidden_size": 64, "num_layers": 3}
+    trials = [make_trial(0, **shape, lr=1e9), make_trial(1, **shape), make_trial(2, **shape)]
+    scores = rs.train_and_evaluate(trials, data, 30)
+    assert math.isnan(scores[0])
+    assert bits(scores[1:]) == bits(rs.train_and_evaluate(trials[1:], data, 30))
+
+
+def test_stacks_are_bounded_and_hold_each_trial_once():
+    data = rs.prepare("xor")
+    trials = [rs.sample_trial(rs.HYPERPARAMS, 0, number) for number in range(600)]
+    stacks = rs.make_stacks(trials, data)
+    assert sorted(t.number for stack in stacks for t in stack) == list(range(600))
+    for stack in stacks:
+        assert (
+            len({(t.hyperparams["hidden_size"], t.hyperparams["num_layers"]) for t in stack}) == 1
+        )
+        model = rs.plain_model(stack[0].hyperparams, data["sizes"])
+        weights = sum(p.numel() for p in model.parameters())
+        assert len(stack) <= max(2, rs.STACK_BYTES / 4 / weights)
+
+
+def test_training_never_waits_for_the_device(tasks):
+    """On the meta device, which holds no values, any read of one would raise."""
+    for name in ("xor", "two outputs", "three classes"):
+        _, losses = rs.train_stack([make_trial(0), make_trial(0)], rs.prepare(name, "meta"), 3)
+        assert losses.is_meta
+
+
+# ---- Log, resume, replay, save ------------------------------------------------------------------
+
+
+def sorted_log(path: Path) -> list[str]:
+    return sorted(path.read_text().splitlines(), key=lambda line: json.loads(line)["trial"])
+
+
+def strict_rows(path: Path) -> list[dict]:
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def agree(trials: list[rs.Trial], path: Path) -> bool:
+    rows = {row["trial"]: row["score"] for row in strict_rows(path)}
+    return {t.number: None if math.isnan(t.score) else t.score for t in trials} == rows
+
+
+def test_the_log_is_strict_json_and_resumes_only_what_is_missing(tmp_path):
+    path, space, ran = tmp_path / "log", {"x": range(5), "y": [None, "a", 0.1, True]}, []
+
+    def score(stack):
+        ran.extend(trial.number for trial in stack)
+        return [math.nan if t.hyperparams["x"] == 0 else t.hyperparams["x"] / 3 for t in stack]
+
+    options = {"log": str(path), "settings": {"task": "t"}}
+    first = rs.random_search(score, space, 20, **options)
+    rows = strict_rows(path)
+    assert list(rows[0]) == ["task", "seed", "trial", "x", "y", "score"]
+    assert any(row["score"] is None for row in rows)
+    assert agree(first, path)
+    again = rs.random_search(score, space, 30, **options)
+    assert ran == list(range(30))
+    assert bits([t.score for t in again[:20]]) == bits([t.score for t in first])
+    assert agree(again, path)
+    assert [t.number for t in rs.random_search(score, space, 10, **options)] == list(range(10))
+    assert len(strict_rows(path)) == len(ran) == 30
+
+
+@pytest.fixture(scope="module")
+def xor_log(tmp_path_factory):
+    """The log of an uninterrupted search of 40 trials, and its output."""
+    path = tmp_path_factory.mktemp("log") / "log"
+    run = command("--trials", 40, "--epochs", 20, "--log", path)
+    assert run.returncode == 0, run.stderr
+    return path, run.stdout
+
+
+def tables(output: str) -> str:
+    return "\n".join(line for line in output.splitlines() if "run now in" not in line)
+
+
+def test_resume_and_extend_give_the_log_of_one_run(xor_log, tmp_path):
+    path = tmp_path / "log"
+    assert command("--trials", 15, "--epochs", 20, "--log", path).returncode == 0
+    start = path.read_text()
+    run = command("--trials", 40, "--epochs", 20, "--log", path)
+    assert path.read_text().startswith(start)
+    assert sorted_log(path) == sorted_log(xor_log[0])
+    assert tables(run.stdout) == tables(xor_log[1])
+
+
+def test_a_killed_search_resumes_to_the_same_log(tmp_path):
+    whole, path, moments = tmp_path / "whole", tmp_path / "log", random.Random(5)
+    options, killed = ["--trials", 60, "--epochs", 300], 0
+    assert command(*options, "--log", whole).returncode == 0
+    for _ in range(8):
+        try:  # run() kills by SIGKILL
+            command(*options, "--log", path, timeout=moments.uniform(1, 2.5))
+        except subprocess.TimeoutExpired:
+            killed += 1
+    assert killed
+    assert command(*options, "--log", path).returncode == 0
+    assert sorted_log(path) == sorted_log(whole)
+
+
+def test_a_torn_last_line_runs_again_wherever_it_was_cut(tmp_path, capsys):
+    whole, path = tmp_path / "whole", tmp_path / "log"
+    settings = {"task": "xor", "seed": 0, "epochs": 5}
+    search(4, log=str(whole), settings=settings)
+    content = whole.read_bytes()
+    last = content[:-1].rfind(b"\n") + 1
+    for cut in range(last, len(content)):
+        path.write_bytes(content[:cut])
+        capsys.readouterr()
+        with open(path, "r+b", buffering=0) as log:
+            assert len(list(rs.read_log(log, rs.HYPERPARAMS, settings))) == 3
+        assert path.read_bytes() == content[:last]
+        assert ("torn" in capsys.readouterr().err) == (cut > last)
+    search(4, log=str(path), settings=settings)
+    assert sorted_log(path) == sorted_log(whole)
+
+
+def spoil_line(number: int, old: str, new: str):
+    def spoil(content: str) -> str:
+        lines = content.splitlines(keepends=True)
+        assert old in lines[number - 1]
+        lines[number - 1] = lines[number - 1].replace(old, new, 1)
+        return "".join(lines)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line", "named"),
+    [
+        (lambda content: "hello\n" + content, 1, "not a line"),
+        (lambda content: "no log at all", 1, "not a line"),
+        (lambda content: "[]\n", 1, "not a line"),
+        (lambda content: content + content.splitlines()[4] + "\n", 41, "twice"),
+        (lambda content: content + "x", 41, "not a line"),
+        (spoil_line(3, '"score": ', '"score": NaN, "x": '), 3, ""),
+        (spoil_line(5, "{", ""), 5, "not a line"),
+        (spoil_line(7, '"xor"', '"regression"'), 7, "task"),
+        (spoil_line(7, '"seed": 0', '"seed": 1'), 7, "seed"),
+        (spoil_line(7, '"epochs": 20', '"epochs": 21'), 7, "epochs"),
+        (spoil_line(9, '"lr": 0', '"lr": 1'), 9, "lr"),
+        (spoil_line(9, ", ", ",  "), 9, "damaged"),
+        (spoil_line(9, '"score": ', '"score": "'), 9, "not a line"),
+    ],
+)
+def test_a_log_of_something_else_is_refused_and_left_alone(
+    spoil, line, named, xor_log, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "log"
+    path.write_text(spoil(xor_log[0].read_text()))
+    before = path.read_bytes()
+    monkeypatch.setattr(rs, "train_stack", lambda *_: pytest.fail("it trained"))
+    status, out, err = call(monkeypatch, capsys, "--trials", 50, "--epochs", 20, "--log", path)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert f"{path}, line {line}:" in err
+    assert named in err
+    assert path.read_bytes() == before
+
+
+def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path):
+    path, nested = tmp_path / "log", []
+
+    def score(stack):
+        if not nested:  # a process that outlived the kill of its parent does the work first
+            nested.append(True)
+            rs.random_search(lambda s: [1.0] * len(s), {"x": range(9)}, 6, log=str(path))
+        return [1.0] * len(stack)
+
+    rs.random_search(score, {"x": range(9)}, 8, log=str(path))
+    assert [row["trial"] for row in strict_rows(path)] == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["xor", "regression"])
+def test_trial_runs_one_trial_as_the_search_did(name, tmp_path, monkeypatch, capsys):
+    path, saved = tmp_path / "log", tmp_path / "model"
+    options = ["--task", name, "--epochs", 15]
+    call(monkeypatch, capsys, *options, "--trials", 12, "--log", path)
+    for row in sorted(strict_rows(path), key=lambda row: row["trial"])[::4]:
+        one = [*options, "--trial", row["trial"], "--save", saved]
+        status, out, _ = call(monkeypatch, capsys, *one)
+        content = torch.load(saved, weights_only=True)
+        assert status == 0
+        assert (content["trial"], content["score"]) == (row["trial"], row["score"])
+        assert eval(out.splitlines()[-1], {}) == {key: row[key] for key in rs.HYPERPARAMS}
+        assert "prediction" in out
+
+
+def test_a_saved_model_gives_the_reported_predictions_in_a_fresh_process(tmp_path):
+    saved = tmp_path / "best.pt"
+    run = command("--task", "regression", "--trials", 30, "--epochs", 60, "--save", saved)
+    lines = [line.split() for line in run.stdout.splitlines()]
+    start = next(i for i, words in enumerate(lines) if words[:1] == ["target"]) + 1
+    reported = [words[1] for words in lines[start : start + 5]]
+    code = (
+        "import random_search, torch\n"
+        f"model = random_search.load_model({str(saved)!r})\n"
+        "assert not model.training and type(model) is torch.nn.Sequential\n"
+        "x = torch.tensor([[5.5], [4.168], [7.59], [10.791], [3.1]])\n"
+        "print(*(f'{v:.4g}' for v in model(x).flatten()))"
+    )
+    line = [sys.executable, "-c", code]
+    fresh = subprocess.run(line, capture_output=True, text=True, cwd=HERE, check=False)
+    assert fresh.stdout.split() == reported, fresh.stderr
+    content = torch.load(saved, weights_only=True)
+    for key in ("hyperparameters", "task", "seed", "epochs", "trial", "score", "state_dict"):
+        assert key in content
+    assert content["hyperparameters"] == eval(run.stdout.splitlines()[-1], {})
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_load_model_names_a_file_that_is_none(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        rs.load_model(str(tmp_path / "nowhere"))
+    for content in (b"", b"hello", b"PK\x03\x04"):
+        (tmp_path / "foreign").write_bytes(content)
+        with pytest.raises(ValueError, match="foreign"):
+            rs.load_model(str(tmp_path / "foreign"))
+    torch.save({"a": 1}, tmp_path / "other")
+    with pytest.raises(ValueError, match="other") as caught:
+        rs.load_model(str(tmp_path / "other"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_log_of_another_machine_is_noticed(tmp_path, monkeypatch, capsys):
+    path, options = tmp_path / "log", ["--trials", 3, "--epochs", 5, "--save", tmp_path / "model"]
+    call(monkeypatch, capsys, *options, "--log", path)
+    best = max(strict_rows(path), key=lambda row: row["score"])
+    path.write_text(path.read_text().replace(repr(best["score"]), repr(best["score"] + 1e-9)))
+    _, _, err = call(monkeypatch, capsys, *options, "--log", path)
+    assert f"trial {best['trial']}" in err
+
+
+def test_ctrl_c_reports_what_is_finished(tmp_path):
+    path = tmp_path / "log"
+    line = [sys.executable, str(HERE / "random_search.py"), "--epochs", "400", "--log", str(path)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "of 200 trials" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    best = max(strict_rows(path), key=lambda row: row["score"] or 0)
+    assert eval(out.splitlines()[-1], {}) == {key: best[key] for key in rs.HYPERPARAMS}
+
+
+def torchrun(*options) -> tuple:
+    """Its own options end at the --: it would take our --log for one of them."""
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", *options, "--")
+
+
+def test_two_processes_are_one(xor_log, tmp_path):
+    path, program = tmp_path / "log", torchrun("--nproc-per-node=2")
+    run = command("--trials", 40, "--epochs", 20, "--log", path, program=program)
+    assert run.returncode == 0, run.stderr
+    assert sorted_log(path) == sorted_log(xor_log[0])
+    assert tables(run.stdout) == tables(xor_log[1])
+
+
+def test_a_killed_worker_costs_only_its_unfinished_stacks(xor_log, tmp_path):
+    path, worker = tmp_path / "log", tmp_path / "worker.py"
+    worker.write_text(
+        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport random_search as rs\n"
+        "train, first_life = rs.train_and_evaluate, os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "def dies(trials, data, epochs):\n"
+        "    if first_life and rs.RANK == 1 and any(trial.number > 20 for trial in trials):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return train(trials, data, epochs)\n"
+        "rs.train_and_evaluate = dies\n"
+        "sys.exit(rs.main())\n"
+    )
+    program = torchrun("--nproc-per-node=2", "--max-restarts=2")
+    line = [*program, str(worker), "--trials", "40", "--epochs", "20", "--log", str(path)]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert sorted_log(path) == sorted_log(xor_log[0])
+    assert tables(run.stdout) == tables(xor_log[1])
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["xor", "regression"])
+def test_the_command_line_end_to_end(name):
+    run = command("--task", name, "--trials", 40, "--epochs", 300)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    hyperparams = eval(lines[-1], {})
+    assert list(hyperparams) == list(rs.HYPERPARAMS)
+    assert max(map(len, lines[:-1])) <= 80
+    assert f"task {name}" in lines[0]
+    header = next(
+        i for i, line in enumerate(lines) if line.split()[:3] == ["trial", "score", "loss"]
+    )
+    numbers, losses = zip(
+        *[(l.split()[0], float(l.split()[2])) for l in lines[header + 1 : header + 6]], strict=True
+    )
+    assert list(losses) == sorted(losses)
+    best = rs.sample_hyperparams(rs.HYPERPARAMS, 0, int(numbers[0]))
+    assert best == hyperparams
+    assert losses[0] < {"xor": 0.01, "regression": 0.0785}[name]
+    assert "diverged" in run.stdout
+    progress = run.stderr.splitlines()
+    assert 1 <= len(progress) <= 10
+    assert all("of 40 trials" in line for line in progress)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--trials", "0"], "--trials"),
+        (["--trials", "-3"], "--trials"),
+        (["--trials", "many"], "--trials"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "1.5"], "--epochs"),
+        (["--seed", "-1"], "--seed"),
+        (["--trial", "-1"], "--trial"),
+        (["--task", "sudoku"], "--task"),
+        (["--device", "abacus"], "--device"),
+        (["--device", "cuda:99"], "--device"),
+        (["--device", "meta"], "--device"),
+        (["--log", "/no/such/folder/log"], "--log"),
+        (["--log", "/"], "--log"),
+        (["--save", "/no/such/folder/model"], "--save"),
+        (["--save", "/"], "--save"),
+        (["--trial", "1", "--log", "x.jsonl"], "--log"),
+        (["--tri", "1"], "--tri"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(arguments, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rs, "train_stack", lambda *_: pytest.fail("it trained"))
+    status, out, err = call(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert named in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_from_the_shell():
+    run = command("--trials", 0)
+    assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (2, "", 1)
+
+
+def test_all_diverged_is_status_1(monkeypatch, capsys):
+    monkeypatch.setitem(rs.HYPERPARAMS, "lr", [1e30])
+    status, out, err = call(monkeypatch, capsys, "--task", "regression", "--trials", 3)
+    assert status == 1
+    assert "diverged" in err.splitlines()[-1]
+    assert "3 of 3 trials diverged" in out
