@@ -1,7 +1,7 @@
 """Random search over hyperparameters in PyTorch: one file, trials trained side by side.
 
     python random_search.py --task regression --trials 1000 --log trials.jsonl --save best.pt
-    torchrun --standalone --nproc-per-node=2 random_search.py --trials 10000
+    torchrun --standalone --nproc-per-node=2 -- random_search.py --trials 10000
 
 Trials of one shape are one stack: parameters have a leading trial dimension, and one batched
 product serves them all. What is random about a trial is a function of (seed, trial number): on the
@@ -202,24 +202,27 @@ class StackedDropout(nn.Module):
 
 def prepare(name: str, device: torch.device | str = "cpu") -> dict:
     """A task's rows on a device: "train" and "scored", each x [rows, features] and y."""
-    task, where = TASKS[name], f"task {name!r}"
-    x, y = np.asarray(task.x, np.float32), np.asarray(task.y, np.float32)
-    check(len(x) == len(y) > 0, f"{where}: x has {len(x)} rows, y has {len(y)}")
-    check(np.isfinite(x).all() and np.isfinite(y).all(), f"{where}: NaN or infinity in x or y")
-    if task.classes or task.loss is binary_cross_entropy:
+    task = TASKS[name]
+    try:
+        x, y = np.asarray(task.x, np.float32), np.asarray(task.y, np.float32)
+        check(len(x) == len(y) > 0, f"x has {len(x)} rows, y has {len(y)}")
+        check(np.isfinite(x).all() and np.isfinite(y).all(), "there is NaN or infinity in x or y")
+        check(task.loss is not F.cross_entropy or task.classes, "cross_entropy needs classes")
         labels = range(task.classes or 2)
-        check(np.isin(y, labels).all(), f"{where}: y must be labels from 0 to {labels[-1]}")
-    held_out = np.zeros(len(x), bool)
-    held_out[slice(0) if task.held_out is None else task.held_out] = True
-    train, scored = ~held_out, ~held_out if task.held_out is None else held_out
-    check(train.any() and scored.any(), f"{where}: held_out is empty, or all rows are in it")
+        is_label = task.classes or task.loss is binary_cross_entropy
+        check(not is_label or np.isin(y, labels).all(), f"y must be labels, 0 to {labels[-1]}")
+        held_out = np.zeros(len(x), bool)
+        held_out[slice(0) if task.held_out is None else task.held_out] = True
+        train, scored = ~held_out, ~held_out if task.held_out is None else held_out
+        check(train.any() and scored.any(), "held_out is empty, or all rows are in it")
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f"task {name!r}: x, y or held_out: {error}") from None
     x, y = (torch.from_numpy(values.reshape(len(x), -1)) for values in (x, y))
     y = y.flatten().long() if task.classes else y
     standardise = nn.BatchNorm1d(x.shape[1], eps=0, affine=False).eval()
     variance, standardise.running_mean = torch.var_mean(x[train], 0, correction=0)
     standardise.running_var = variance.where(variance > 0, 1.0)
-    x = standardise(x)
-    sizes = {"inputs": x.shape[1], "outputs": task.classes or y.shape[1]}
+    x, sizes = standardise(x), {"inputs": x.shape[1], "outputs": task.classes or y.shape[1]}
     parts = {"train": train, "scored": scored}.items()
     rows = {part: (x[rows].to(device), y[rows].to(device)) for part, rows in parts}
     return {"task": task, "standardise": standardise, "sizes": sizes, **rows}
@@ -229,19 +232,23 @@ def prepare(name: str, device: torch.device | str = "cpu") -> dict:
 def build_plain(inputs: int, outputs: int, **arguments) -> nn.Sequential:
     """Standardisation and build_model's model on the meta device: no values, no random numbers."""
     with torch.device("meta"):
-        standardise = nn.BatchNorm1d(inputs, eps=0, affine=False)
-        return nn.Sequential(standardise, build_model(inputs, outputs, **arguments)).eval()
+        model = nn.Sequential(nn.BatchNorm1d(inputs, eps=0, affine=False))
+        model.append(build_model(inputs, outputs, **arguments))
+    for layer in model[1].modules():
+        known = type(layer) is nn.Dropout or (type(layer) is nn.Linear and layer.bias is not None)
+        other = isinstance(layer, nn.modules.dropout._DropoutNd) or [*layer.parameters(False)]
+        check(known or not other, f"{layer} does not stack; nn.Dropout and nn.Linear with bias do")
+    return model.eval()
 
 
 def plain_model(hyperparams: dict, sizes: dict) -> nn.Sequential:
     """The cached model of these hyperparameters; InputError if they cannot be."""
     arguments = {name: value for name, value in hyperparams.items() if name not in TRAINING}
     try:
-        lr, batch_size = (hyperparams[name] for name in TRAINING)
-        check(lr > 0 and range(batch_size), "lr and batch_size must be above 0")
+        check(hyperparams["lr"] > 0 and range(hyperparams["batch_size"]), "one must be above 0")
         return build_plain(**sizes, **arguments)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"HYPERPARAMS: {hyperparams}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"HYPERPARAMS {hyperparams}: {str(error).splitlines()[0]}") from None
 
 
 def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
@@ -275,10 +282,6 @@ def build_stack(trials: list[Trial], data: dict, keys: Tensor) -> nn.Module:
         elif type(layer) is nn.Dropout:
             rates = [one.get_submodule(name).p for one in plain]
             model.set_submodule(name, StackedDropout(rates, layer_keys))
-        elif isinstance(layer, nn.modules.dropout._DropoutNd) or [*layer.parameters(recurse=False)]:
-            raise InputError(
-                f"build_model: {layer} cannot be stacked, only nn.Linear and nn.Dropout"
-            )
     return model[1]
 
 
@@ -340,6 +343,7 @@ def log_line(trial: Trial, settings: dict) -> bytes:
 def read_log(log, space: dict, settings: dict) -> Iterator[Trial]:
     """Yield the trials of a log; cut off a torn last line, refuse any other that is not its own."""
     log.seek(0)
+    seen = set()
     for place, line in enumerate(log.read().splitlines(keepends=True), 1):
         where, start = f"--log {log.name}, line {place}", json.dumps(settings)[:-1].encode()
         if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
@@ -356,6 +360,8 @@ def read_log(log, space: dict, settings: dict) -> Iterator[Trial]:
         for name, value in json.loads(log_line(trial, settings)).items():
             check(row.get(name) == value, f"{where}: {name} is {row.get(name)}, here it is {value}")
         check(line == log_line(trial, settings), f"{where}: damaged")
+        check(trial.number not in seen, f"{where}: trial {trial.number} twice")
+        seen.add(trial.number)
         yield trial
 
 
@@ -387,6 +393,7 @@ def random_search(
             for stack in make_stacks(waiting):
                 for trial, score in zip(stack, train_and_evaluate(stack), strict=True):
                     trial.score = float(score) if math.isfinite(score) else math.nan
+                finished += stack
                 fcntl.flock(file, fcntl.LOCK_EX)
                 written.update(file.read().splitlines(keepends=True))  # by other processes
                 lines = [log_line(trial, settings) for trial in stack]
@@ -394,7 +401,6 @@ def random_search(
                 if log:
                     os.fsync(file.fileno())
                 fcntl.flock(file, fcntl.LOCK_UN)
-                finished += stack
                 shown = show_progress(finished, len(share), started, shown)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(finished) from None

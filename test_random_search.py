@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 import random_search as rs  # before torch: it sets how torch's matrix library rounds
 
 HERE = Path(__file__).parent
+MAC = sys.platform == "darwin"  # it counts memory in bytes, others in KiB
 SHAPES = list(itertools.product([32, 64, 128, 256], [1, 2, 3, 4]))
 
 
@@ -634,6 +638,184 @@ def test_a_killed_worker_costs_only_its_unfinished_stacks(xor_log, tmp_path):
     assert tables(run.stdout) == tables(xor_log[1])
 
 
+# ---- Yours in five minutes: own data, space, model; the report ----------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["data", "space", "model that stacks", "model that does not stack"]
+)
+def test_a_section_of_the_readme_runs_as_written(name, tmp_path):
+    section = README.split(f"## Your own {name}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8"}
+    line = [sys.executable, "-c", code]
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    for _ in range(2 if "log=" in code else 1):  # again: all of it comes from the log
+        run = subprocess.run(line, check=False, timeout=120, **options)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout
+    if "log=" in code:
+        (log,) = tmp_path.glob("*.jsonl")
+        assert len(strict_rows(log)) == 12
+
+
+def test_the_readme_names_the_options_that_exist():
+    run = command("--help")
+    assert run.returncode == 0
+    options = set(re.findall(r"--[a-z]+", run.stdout)) - {"--help"}
+    table = README.split("## Options\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(--[a-z]+)", table)) == options
+    for line in re.findall(r"^    (.*random_search\.py.*)$", README, re.MULTILINE):
+        assert set(re.findall(r"--[a-z]+", line.split("random_search.py")[1])) <= options
+    makefile = (HERE / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+X = np.arange(20.0).reshape(10, 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        (rs.Task(X, np.zeros(9), F.mse_loss), "10 rows, y has 9"),
+        (rs.Task(X[:0], [], F.mse_loss), "0 rows"),
+        (rs.Task(np.where(X == 3, math.nan, X), np.zeros(10), F.mse_loss), "NaN"),
+        (rs.Task(X, np.full(10, math.inf), F.mse_loss), "infinity"),
+        (rs.Task(X, np.zeros(10), F.mse_loss, held_out=[]), "held_out"),
+        (rs.Task(X, np.zeros(10), F.mse_loss, held_out=slice(10, 20)), "held_out"),
+        (rs.Task(X, np.zeros(10), F.mse_loss, held_out=slice(None)), "held_out"),
+        (rs.Task(X, np.zeros(10), F.mse_loss, held_out=[12]), "held_out"),
+        (rs.Task(X, np.arange(10), F.cross_entropy, classes=5), "0 to 4"),
+        (rs.Task(X, np.full(10, -1), F.cross_entropy, classes=5), "0 to 4"),
+        (rs.Task(X, np.full(10, 2), rs.binary_cross_entropy), "0 to 1"),
+        (rs.Task(X, np.zeros(10, int), F.cross_entropy), "classes"),
+        (rs.Task([["a"]], [1], F.mse_loss), "could not convert"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_the_task(task, problem, monkeypatch, capsys):
+    monkeypatch.setitem(rs.TASKS, "mine", task)
+    status, out, err = call(monkeypatch, capsys, "--task", "mine", "--trials", 2, "--epochs", 1)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "'mine'" in err
+    assert problem in err
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": []}, ["lr"]),
+        ({"lr": [-1]}, ["lr", "-1"]),
+        ({"lr": ["fast"]}, ["lr", "fast"]),
+        ({"batch_size": [0]}, ["batch_size", "0"]),
+        ({"batch_size": [2.5]}, ["batch_size", "2.5"]),
+        ({"dropout": [1.5]}, ["dropout", "1.5"]),
+        ({"hidden_size": [2.5]}, ["hidden_size", "2.5"]),
+        ({"num_layers": lambda generator: 1.5}, ["num_layers", "1.5"]),
+        ({"momentum": [0.9]}, ["momentum"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"lr": None}, ["lr"]),
+    ],
+)
+def test_a_bad_space_is_one_line_that_names_key_and_value(change, named, monkeypatch, capsys):
+    space = {name: v for name, v in (rs.HYPERPARAMS | change).items() if v is not None}
+    monkeypatch.setattr(rs, "HYPERPARAMS", space)
+    monkeypatch.setattr(rs, "train_stack", lambda *_: pytest.fail("it trained"))
+    status, out, err = call(monkeypatch, capsys, "--trials", 3)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    for name in named:
+        assert name in err
+
+
+def test_a_layer_that_cannot_stack_is_refused(monkeypatch, capsys):
+    for layer in (nn.BatchNorm1d(2), nn.AlphaDropout(0.5), nn.Linear(2, 2, bias=False)):
+        model = lambda inputs, outputs, layer=layer, **_: nn.Sequential(layer, nn.Linear(2, 1))
+        monkeypatch.setattr(rs, "build_model", model)
+        rs.build_plain.cache_clear()
+        status, _, err = call(monkeypatch, capsys, "--trials", 2, "--epochs", 1)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert "stack" in err
+    rs.build_plain.cache_clear()
+
+
+def test_a_linear_used_twice_is_an_error_not_a_wrong_gradient(monkeypatch):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))[..., :1]
+
+    monkeypatch.setattr(rs, "build_model", lambda inputs, outputs, **_: Twice())
+    rs.build_plain.cache_clear()
+    with pytest.raises(RuntimeError, match="inplace"):
+        rs.train_stack([make_trial(0)] * 2, rs.prepare("xor"), 1)
+    rs.build_plain.cache_clear()
+
+
+def made_up_trials(count: int, score) -> list[rs.Trial]:
+    trials = [rs.sample_trial(rs.HYPERPARAMS, 1, number) for number in range(count)]
+    for trial in trials:
+        trial.score = float(score(trial.hyperparams))
+    return trials
+
+
+def test_what_mattered_finds_it_and_nothing_else():
+    trials = made_up_trials(300, lambda h: math.exp(9 * h["lr"] + h["num_layers"]))
+    trials[0].score, trials[1].score = math.nan, 1e30  # an outlier and a diverged trial
+    shares = {name: rs.importance(trials, name)[0] for name in rs.HYPERPARAMS}
+    assert shares["num_layers"] > 0.8
+    assert 0.02 < shares["lr"] < 0.2
+    assert shares["batch_size"] == shares["hidden_size"] == shares["dropout"] == 0
+    assert rs.importance(trials, "num_layers")[1] == "4 (29 of 30)"
+    strings = [rs.Trial(n, {"a": "xyz"[n % 3]}, 0, n % 3 + n / 1e3) for n in range(60)]
+    assert rs.importance(strings, "a")[0] > 0.8
+    assert rs.importance(strings, "a")[1].startswith("z")
+
+
+@pytest.mark.parametrize("name", ["xor", "regression"])
+def test_batch_size_comes_out_as_nothing_where_it_does_nothing(name):
+    data = rs.prepare(name)
+    for seed in range(3):
+        trials = [rs.sample_trial(rs.HYPERPARAMS, seed, number) for number in range(120)]
+        for stack in rs.make_stacks(trials, data):
+            for trial, score in zip(stack, rs.train_and_evaluate(stack, data, 20), strict=True):
+                trial.score = score
+        assert rs.importance(trials, "batch_size")[0] == 0
+
+
+def test_the_expected_best_is_the_mean_over_all_subsets():
+    scores = [3.0, 1.0, math.nan, 7.0, 2.0, 2.0]
+    lowest = [1.0 if math.isnan(score) else score for score in scores]
+    expected = rs.expected_best(scores)
+    assert list(expected) == [1, 2, 5, 6]
+    for size, value in expected.items():
+        subsets = [max(subset) for subset in itertools.combinations(lowest, size)]
+        assert value == pytest.approx(sum(subsets) / len(subsets))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_report_of_a_few_trials(count, capsys):
+    rs.report(made_up_trials(count, lambda h: h["lr"]), losses=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rs.report([])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_closed_pipe_and_a_plain_encoding_do_no_harm():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    run = command("--trials", 20, "--epochs", 5, env=environment)
+    assert (run.returncode, "?" in run.stdout) == (0, True)
+    line = f"{sys.executable} {HERE / 'random_search.py'} --trials 20 --epochs 5 | true"
+    run = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in run.stderr
+    assert "BrokenPipe" not in run.stderr
+
+
 # ---- The command line ---------------------------------------------------------------------------
 
 
@@ -705,3 +887,66 @@ def test_all_diverged_is_status_1(monkeypatch, capsys):
     assert status == 1
     assert "diverged" in err.splitlines()[-1]
     assert "3 of 3 trials diverged" in out
+
+
+# ---- The benchmark, `make bench` ----------------------------------------------------------------
+
+
+def bench_child(kind: str, count: int, epochs: int) -> None:
+    """Train the first trials of the XOR search one way; print the seconds, losses, peak memory."""
+    data = rs.prepare("xor")
+    trials = [rs.sample_trial(rs.HYPERPARAMS, 0, number) for number in range(count)]
+    if kind == "plain":
+        plain = [(trial, *plain_copy(trial, data, epochs)) for trial in trials]
+        loss, rows = mean_loss(data["task"]), (data["train"], data["scored"])
+        start = time.perf_counter()
+        losses = [
+            train_plain(
+                model, *rows, loss, t.hyperparams["lr"], t.hyperparams["batch_size"], orders
+            )
+            for t, model, orders in plain
+        ]
+    else:
+        start = time.perf_counter()
+        for stack in rs.make_stacks(trials, data):
+            for trial, score in zip(stack, rs.train_and_evaluate(stack, data, epochs), strict=True):
+                trial.score = score
+        losses = [1 / trial.score for trial in trials]
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if MAC else 10)
+    print(json.dumps({"seconds": seconds, "losses": losses, "peak": peak}))
+
+
+def bench(epochs: int = 200, sample: int = 64) -> None:
+    """Compare the oracle's plain loop with stacks on the same trials; both times with imports."""
+
+    def child(*arguments) -> tuple[float, dict]:
+        start = time.perf_counter()
+        line = [sys.executable, __file__, *map(str, arguments), str(epochs)]
+        run = subprocess.run(line, capture_output=True, text=True, check=True)
+        return time.perf_counter() - start, json.loads(run.stdout)
+
+    wall, empty = child("stacked", 0)
+    print(f"XOR, {epochs} epochs a trial, {torch.get_num_threads()} threads; whole processes, of")
+    print(
+        f"which {wall:.1f} s are imports. The plain loop ran at most {sample} trials; its time at"
+    )
+    print(
+        "more is scaled up from those.\n\ntrials  plain trials/s  stacked trials/s  ratio  peak MiB"
+    )
+    for count in (16, 64, 256, 1024):
+        _, plain = child("plain", min(count, sample))
+        seconds, stacked = child("stacked", count)
+        pairs = zip(plain["losses"], stacked["losses"], strict=False)
+        assert all(math.isclose(*pair, rel_tol=0.02) for pair in pairs), "the losses differ"
+        plain_seconds = wall + plain["seconds"] * max(1, count / sample)
+        cells = [count, count / plain_seconds, count / seconds, plain_seconds / seconds]
+        print("{:6} {:15.1f} {:17.1f} {:6.1f}".format(*cells), f"{stacked['peak']:9.0f}")
+    print("\nBoth ways ended with the same losses, to 2 %.")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        bench_child(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        bench()
