@@ -90,14 +90,14 @@ def train_plain(model, train, scored, loss, lr, batch_size, orders) -> float:
 
 
 class GivenDropout(nn.Module):
-    """Dropout by the masks that a stack of this trial alone would use."""
+    """Dropout by the masks that a stack of this trial alone would use, drawn beforehand."""
 
-    def __init__(self, stacked: rs.StackedDropout):
+    def __init__(self, stacked: rs.StackedDropout, rows: list[int], features: int):
         super().__init__()
-        self.stacked = stacked
+        self.masks = [stacked(torch.ones(2, count, features))[0] for count in rows]
 
     def forward(self, x):
-        return x * self.stacked(torch.ones(2, *x.shape))[0] if self.training else x
+        return x * self.masks.pop(0) if self.training else x
 
 
 def plain_copy(trial: rs.Trial, data: dict, epochs: int) -> tuple[nn.Module, list]:
@@ -108,12 +108,15 @@ def plain_copy(trial: rs.Trial, data: dict, epochs: int) -> tuple[nn.Module, lis
     model = rs.build_model(nn.Linear, nn.Dropout, **arguments)
     model.load_state_dict({name: value[0] for name, value in stack.state_dict().items()})
     rows = len(data["train"][0])
+    batch = trial.hyperparams["batch_size"]
+    steps = [len(range(rows)[at : at + batch]) for at in range(0, rows, batch)] * epochs
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Dropout):
-            model.set_submodule(name, GivenDropout(stack.get_submodule(name)))
+            given = GivenDropout(stack.get_submodule(name), steps, trial.hyperparams["hidden_size"])
+            model.set_submodule(name, given)
     shuffle = rs.random_bits(keys, 2)
     orders = [torch.arange(rows)] * epochs  # of a full batch the order does not matter
-    if trial.hyperparams["batch_size"] < rows:
+    if batch < rows:
         orders = [rs.random_bits(shuffle, rows, e * rows)[0].argsort() for e in range(epochs)]
     return model, orders
 
@@ -914,7 +917,7 @@ def bench_child(kind: str, count: int, epochs: int) -> None:
     trials = [make_trial(number) for number in range(count)]
     if kind == "plain":
         plain = [(trial, *plain_copy(trial, data, epochs)) for trial in trials]
-        loss, rows = mean_loss(data), (data["train"], data["scored"])
+        loss, rows = F.binary_cross_entropy_with_logits, (data["train"], data["scored"])
         start = time.perf_counter()
         losses = [
             train_plain(
