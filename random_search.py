@@ -67,7 +67,9 @@ TASKS = {
 }
 
 
-# ---- The machinery: a trial, a stack of trials, the search, the report, the command line --------
+# ---- The machinery: a trial, a stack of trials, the search, the report, the command line -------
+
+
 @dataclass
 class Trial:
     number: int
@@ -185,8 +187,9 @@ def build_stack(trials: list[Trial], sizes: dict, keys: Tensor) -> nn.Module:
 
 def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
     """Group the trials that can train together, as many in a stack as memory allows."""
-    x, groups, stacks = data["train"][0], {}, []  # on a CPU, what a step touches stays in caches:
-    memory = 2**24 if x.is_cpu else torch.accelerator.get_memory_info(x.device)[0] // 4
+    x, groups, stacks = data["train"][0], {}, []
+    memory = {"cpu": 2**24, "mps": 2**30}.get(x.device.type)  # a CPU's caches should hold a stack
+    memory = memory or torch.accelerator.get_memory_info(x.device)[0] // 4
     try:
         for trial in trials:
             lr, batch_size = trial.hyperparams["lr"], trial.hyperparams["batch_size"]
@@ -312,7 +315,7 @@ def random_search(
                 distributed.destroy_process_group()
                 finished = [trial for part in parts or [] for trial in part]
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("\ninterrupted", file=sys.stderr)
     return sorted(finished if RANK == 0 else [], key=lambda trial: trial.number)
 
 

@@ -609,9 +609,9 @@ def test_a_log_of_another_machine_is_noticed(tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_reports_what_is_finished(tmp_path):
     path = tmp_path / "log"
-    line = [sys.executable, str(HERE / "random_search.py"), "--epochs", "400", "--log", str(path)]
+    line = [sys.executable, str(HERE / "random_search.py"), "--trials", "3000", "--log", str(path)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "of 200 trials" in process.stderr.readline()
+    assert "of 3000 trials" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -742,6 +742,21 @@ def test_a_bad_space_is_one_line_that_names_key_and_value(change, named, monkeyp
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     for name in named:
         assert name in err
+
+
+def test_inputs_are_standardised_by_the_training_rows_and_a_constant_one_does_no_harm(monkeypatch):
+    x = np.random.default_rng(0).normal(5, 3, size=(40, 3))
+    x[:, 1], x[4::5] = 0.25, 1e3  # a constant feature; rows that are held out
+    monkeypatch.setitem(rs.TASKS, "mine", rs.Task(x, x[:, 0] / 1e3, F.mse_loss))
+    data = rs.prepare("mine")
+    train = data["train"][0]
+    assert [len(data[part][0]) for part in ("train", "scored")] == [32, 8]
+    torch.testing.assert_close(train.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    expected = torch.tensor([1.0, 0.0, 1.0])
+    torch.testing.assert_close(train.std(0, correction=0), expected, atol=1e-4, rtol=0)
+    assert data["scored"][0].min() > 100
+    trial = make_trial(0, lr=0.001, hidden_size=32)
+    assert math.isfinite(rs.train_and_evaluate([trial], data, 3)[0])
 
 
 def test_a_layer_that_cannot_stack_is_refused(monkeypatch, capsys):
