@@ -89,9 +89,10 @@ def sample_hyperparams(space: dict, seed: int, trial: int) -> dict:
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(trial, 0)))
     sample = {}
     for name, values in space.items():
-        check(callable(values) or len(values) > 0, f"HYPERPARAMS: {name} has no values")
+        many = callable(values) or (hasattr(values, "__len__") and len(values) > 0)
+        check(many, f"HYPERPARAMS: {name} must be a function or have values, not {values!r}")
         value = values(generator) if callable(values) else values[generator.integers(len(values))]
-        sample[name] = value.item() if isinstance(value, np.generic) else value
+        sample[name] = value.item() if isinstance(value, np.generic | Tensor) else value
     return sample
 
 
@@ -167,6 +168,10 @@ class StackedDropout(nn.Module):
         return x * mask.view_as(x)
 
 
+# Layers without weights that are random themselves or would mix the trials.
+MIXING = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase | nn.RReLU
+
+
 def architecture(hyperparams: dict) -> dict:
     """What build_model takes; the rest acts in training and may differ within a stack."""
     return {k: v for k, v in hyperparams.items() if k not in ("lr", "batch_size", "dropout")}
@@ -180,7 +185,7 @@ def build_stack(trials: list[Trial], sizes: dict, keys: Tensor) -> nn.Module:
     dropout = lambda: StackedDropout(next(layer_keys), rates)
     model = build_model(linear, dropout, **sizes, **architecture(trials[0].hyperparams))
     for layer in model.modules():
-        other = [*layer.parameters(False)] or isinstance(layer, nn.modules.dropout._DropoutNd)
+        other = [*layer.parameters(False), *layer.buffers(False)] or isinstance(layer, MIXING)
         check(isinstance(layer, StackedLinear) or not other, f"{layer} does not stack")
     return model
 
@@ -188,14 +193,16 @@ def build_stack(trials: list[Trial], sizes: dict, keys: Tensor) -> nn.Module:
 def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
     """Group the trials that can train together, as many in a stack as memory allows."""
     x, groups, stacks = data["train"][0], {}, []
+    most_rows = max(len(x), len(data["scored"][0]))  # larger batches are all one
     memory = {"cpu": 2**24, "mps": 2**30}.get(x.device.type)  # a CPU's caches should hold a stack
     memory = memory or torch.accelerator.get_memory_info(x.device)[0] // 4
     try:
         for trial in trials:
             lr, batch_size = trial.hyperparams["lr"], trial.hyperparams["batch_size"]
-            good = lr > 0 and range(batch_size) and 0 <= trial.hyperparams.get("dropout", 0) < 1
+            good = 0 < lr < math.inf and range(batch_size)
+            good = good and 0 <= trial.hyperparams.get("dropout", 0) < 1
             check(good, "lr and batch_size must be above 0, dropout from 0 to below 1")
-            shape = {"batch_size": min(batch_size, len(x))} | architecture(trial.hyperparams)
+            shape = {"batch_size": min(batch_size, most_rows)} | architecture(trial.hyperparams)
             groups.setdefault(tuple(shape.items()), []).append(trial)
         for shape, group in groups.items():
             trial, rows = group[0], 4 * dict(shape)["batch_size"]
@@ -256,11 +263,12 @@ def prepare(name: str, device: torch.device | str = "cpu") -> dict:
         classes = task.classes or 2 * (task.loss is binary_cross_entropy)
         check(classes or task.loss is not F.cross_entropy, "cross_entropy needs classes")
         check(not classes or np.isin(y, range(classes)).all(), f"y must be 0 to {classes - 1}")
-        scored = np.zeros(len(x), bool)
-        scored[task.held_out] = True  # None: all
+        check(not task.classes or y.ndim == 1, "with classes y must be [rows]")
+        scored, rows = np.zeros(len(x), bool), task.held_out
+        scored[list(rows) if isinstance(rows, tuple) else rows] = True  # None: all
         train = scored if task.held_out is None else ~scored
         check(train.any() and scored.any(), "held_out is empty, or all rows are in it")
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise ValueError(f"task {name!r}: x, y or held_out: {error}") from None
     x, y = x.reshape(len(x), -1), y.long() if task.classes else y.reshape(len(y), -1)
     standardise = nn.BatchNorm1d(x.shape[1], eps=0, affine=False).eval()
@@ -341,7 +349,7 @@ def update_log(file, space: dict, settings: dict, logged: dict, trials: list[Tri
             score = math.nan if row["score"] is None else float(row["score"])
             sample = sample_hyperparams(space, seed, int(row["trial"]))
             trial = Trial(int(row["trial"]), seed, sample, score, logged=True)
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, ArithmeticError):
             raise ValueError(f"{where}: not a line of such a log") from None
         for name, value in json.loads(log_line(trial, settings)).items():
             check(row.get(name) == value, f"{where}: {name} is {row.get(name)}, here it is {value}")
@@ -349,7 +357,8 @@ def update_log(file, space: dict, settings: dict, logged: dict, trials: list[Tri
         check(good, f"{where}: damaged, or a trial twice")
         logged[trial.number] = trial
     new = {trial.number: trial for trial in trials if trial.number not in logged}
-    file.write(b"".join(log_line(trial, settings) for trial in new.values()))
+    lines = b"".join(log_line(trial, settings) for trial in new.values())
+    check(file.write(lines) == len(lines), f"{file.name}: not written whole; is the disk full?")
     os.fsync(file)
     logged |= new
     fcntl.flock(file, fcntl.LOCK_UN)
@@ -468,7 +477,7 @@ def pick_device(name: str) -> torch.device:
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         device = accelerator if name == "auto" else torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"argument --device: {name} is not here; {accelerator} is") from None
     return device
 
@@ -492,9 +501,10 @@ def main() -> int:
         for name, least in {"trials": 1, "epochs": 1, "seed": 0, "trial": 0}.items():
             value = getattr(args, name)
             check(value is None or value >= least, f"argument --{name}: must be {least} or more")
-        folder = os.path.dirname(args.save or "") or "."
-        writable = os.access(folder, os.W_OK) and not os.path.isdir(args.save or "")
-        check(writable or not args.save, f"argument --save: {args.save} cannot be written")
+        if args.save:
+            good = os.path.isfile(args.save) or not os.path.exists(args.save)
+            good = good and os.access(os.path.dirname(args.save) or ".", os.W_OK)
+            check(good and args.save != args.log, f"argument --save: {args.save} cannot be written")
         data = prepare(args.task, pick_device(args.device))
         train = lambda stack: train_and_evaluate(stack, data, args.epochs)
         stacks = lambda trials: make_stacks(trials, data)
@@ -520,6 +530,8 @@ if __name__ == "__main__":
     try:
         status = main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
     except BrokenPipeError:  # what reads it has gone, as head does
         status = os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)

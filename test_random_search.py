@@ -159,6 +159,17 @@ def test_bit_for_bit_alone_in_a_pair_and_in_a_wide_stack(name):
         assert bits(rs.train_and_evaluate(trials[::-1], data, 6)) == wide[::-1]
 
 
+def test_bit_for_bit_where_more_rows_score_than_train(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(150, 3))
+    task = rs.Task(x, x[:, 0] * x[:, 1], F.mse_loss, held_out=slice(50, None))
+    monkeypatch.setitem(rs.TASKS, "mine", task)
+    data = rs.prepare("mine")
+    trials = [make_trial(n, hidden_size=32, num_layers=1) for n in range(24)]
+    for stack in rs.make_stacks(trials, data):
+        scores = bits(rs.train_and_evaluate(stack, data, 3))
+        assert scores == bits([rs.train_and_evaluate([t], data, 3)[0] for t in stack])
+
+
 @pytest.mark.parametrize("name", ["two outputs", "binary", "three classes"])
 def test_bit_for_bit_in_batches_on_any_number_of_threads(name, tasks):
     data, threads = rs.prepare(name), torch.get_num_threads()
@@ -707,6 +718,7 @@ X = np.arange(20.0).reshape(10, 2)
         (rs.Task(X, np.full(10, -1), F.cross_entropy, classes=5), "0 to 4"),
         (rs.Task(X, np.full(10, 2), rs.binary_cross_entropy), "0 to 1"),
         (rs.Task(X, np.zeros(10, int), F.cross_entropy), "classes"),
+        (rs.Task(np.zeros((10, 1)), np.zeros((10, 1)), F.cross_entropy, classes=2), "[rows]"),
         (rs.Task([["a"]], [1], F.mse_loss), "could not convert"),
     ],
 )
@@ -724,6 +736,8 @@ def test_bad_data_is_one_line_that_names_the_task(task, problem, monkeypatch, ca
         ({"lr": []}, ["lr"]),
         ({"lr": [-1]}, ["lr", "-1"]),
         ({"lr": ["fast"]}, ["lr", "fast"]),
+        ({"lr": [math.inf]}, ["lr", "inf"]),
+        ({"lr": 0.1}, ["lr", "0.1"]),
         ({"batch_size": [0]}, ["batch_size", "0"]),
         ({"batch_size": [2.5]}, ["batch_size", "2.5"]),
         ({"dropout": [1.5]}, ["dropout", "1.5"]),
@@ -760,7 +774,8 @@ def test_inputs_are_standardised_by_the_training_rows_and_a_constant_one_does_no
 
 
 def test_a_layer_that_cannot_stack_is_refused(monkeypatch, capsys):
-    for layer in (nn.BatchNorm1d(2), nn.Dropout(0.5), nn.Linear(2, 2)):
+    others = (nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False, track_running_stats=False))
+    for layer in (*others, nn.Dropout(0.5), nn.RReLU(), nn.Linear(2, 2)):
         model = lambda Linear, Dropout, layer=layer, **_: nn.Sequential(layer, Linear(2, 1))
         monkeypatch.setattr(rs, "build_model", model)
         status, _, err = call(monkeypatch, capsys, "--trials", 2, "--epochs", 1)
@@ -897,6 +912,7 @@ def test_the_command_line_end_to_end(name):
         (["--log", "/"], "'/'"),
         (["--save", "/no/such/folder/model"], "--save"),
         (["--save", "/"], "--save"),
+        (["--save", "x", "--log", "x"], "--save"),
         (["--tri", "1"], "--tri"),
     ],
 )
