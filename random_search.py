@@ -435,8 +435,8 @@ def report(trials: list[Trial], losses: bool = False) -> None:
         print(f"{draws:>15} {expected:10.4g} {'█' * round(40 * share)}")
 
 
-def replay(trial: Trial, data: dict, settings: dict, path: str | None) -> None:
-    """Train a trial again by itself, save its model to path, print what it makes of eight rows."""
+def replay(trial: Trial, data: dict, settings: dict, path: str | None) -> str:
+    """Train a trial again by itself, save its model to path; what it makes of eight rows."""
     model, (score,) = train_stack([trial], data, settings["epochs"])
     if path:
         state = {f"0.{name}": value for name, value in data["standardise"].state_dict().items()}
@@ -446,10 +446,11 @@ def replay(trial: Trial, data: dict, settings: dict, path: str | None) -> None:
         torch.save(saved, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     note = "" if score == trial.score else f", in the log {1 / trial.score:.4g}"
-    print(f"\nTrial {trial.number} trained again: loss {1 / score:.4g}{note}; targets, predictions")
+    title = f"Trial {trial.number} trained again: loss {1 / score:.4g}{note}; targets, predictions"
     x, y = (values[:8] for values in data["scored"])
     with torch.no_grad():
-        print(torch.cat([y.view(len(y), -1), model(x.expand(2, *x.shape))[0]], dim=1))
+        outputs = torch.cat([y.view(len(y), -1), model(x.expand(2, *x.shape))[0]], dim=1)
+    return f"\n{title}\n{outputs}"
 
 
 def load_model(path: str) -> nn.Sequential:
@@ -515,13 +516,15 @@ def main() -> int:
     if RANK or not trials:
         return 0 if RANK else 130
     seconds, ran = time.monotonic() - started, sum(not trial.logged for trial in trials)
+    best = ranked(trials)[0]
+    diverged = math.isnan(best.score)
+    predictions = "" if diverged else replay(best, data, settings, args.save)  # before any output
     print(f"task {args.task}, seed {args.seed}, {args.epochs} epochs, on {data['train'][0].device}")
     print(f"{len(trials)} trials, {ran} run now in {seconds:.1f} s, {ran / seconds:.1f} a second\n")
     report(trials, losses=True)
-    best = ranked(trials)[0]
-    if math.isnan(best.score):
+    if diverged:
         parser.exit(1, f"{parser.prog}: every trial diverged; try a smaller lr\n")
-    replay(best, data, settings, args.save)
+    print(predictions)
     print(best.hyperparams)
     return 0 if len(trials) == len(numbers) else 130
 

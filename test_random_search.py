@@ -856,12 +856,14 @@ def test_the_report_of_a_few_trials(count, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_closed_pipe_and_a_plain_encoding_do_no_harm():
+def test_a_closed_pipe_and_a_plain_encoding_do_no_harm(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     run = command("--trials", 20, "--epochs", 5, env=environment)
     assert (run.returncode, "?" in run.stdout) == (0, True)
-    line = f"{sys.executable} {HERE / 'random_search.py'} --trials 20 --epochs 5 | true"
-    run = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    saved = tmp_path / "best.pt"
+    line = f"{sys.executable} -u {HERE / 'random_search.py'} --trials 20 --epochs 5 --save {saved}"
+    run = subprocess.run(f"{line} | true", shell=True, capture_output=True, text=True, check=False)
+    assert saved.exists()
     assert "Traceback" not in run.stderr
     assert "BrokenPipe" not in run.stderr
 
