@@ -339,8 +339,9 @@ def update_log(file, space: dict, settings: dict, logged: dict, trials: list[Tri
     import fcntl  # not on Windows
 
     fcntl.flock(file, fcntl.LOCK_EX)  # other processes write to it
+    start = json.dumps(settings)[:-1].encode()
     for line in file.read().splitlines(keepends=True):
-        where, start = f"{file.name}, line {len(logged) + 1}", json.dumps(settings)[:-1].encode()
+        where = f"{file.name}, line {len(logged) + 1}"
         if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
             print(f"{where}: torn, its trial runs again", file=sys.stderr)
             file.seek(file.truncate(file.tell() - len(line)))
@@ -352,9 +353,10 @@ def update_log(file, space: dict, settings: dict, logged: dict, trials: list[Tri
             trial = Trial(int(row["trial"]), seed, sample, score, logged=True)
         except (ValueError, TypeError, LookupError, ArithmeticError):
             raise ValueError(f"{where}: not a line of such a log") from None
-        for name, value in json.loads(log_line(trial, settings)).items():
+        expected = log_line(trial, settings)
+        for name, value in json.loads(expected).items():
             check(row.get(name) == value, f"{where}: {name} is {row.get(name)}, here it is {value}")
-        good = line == log_line(trial, settings) and trial.number not in logged
+        good = line == expected and trial.number not in logged
         check(good, f"{where}: damaged, or a trial twice")
         logged[trial.number] = trial
     new = {trial.number: trial for trial in trials if trial.number not in logged}
@@ -414,9 +416,10 @@ def report(trials: list[Trial], losses: bool = False) -> None:
     for t in best[:5]:
         loss = [1 / t.score] if losses else []
         rows.append([t.number, t.score, *loss, *t.hyperparams.values()])
-    widths = [max(len(show(value)) for value in column) for column in zip(*rows, strict=True)]
+    rows = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(" ".join(map(str.rjust, map(show, row), widths))[:80])
+        print(" ".join(map(str.rjust, row, widths))[:80])
     scores = np.array([trial.score for trial in best])
     print(f"{np.isnan(scores).sum()} of {n} trials diverged")
     if n == 1 or np.isnan(scores).all():
@@ -503,10 +506,12 @@ def main() -> int:
         for name, least in {"trials": 1, "epochs": 1, "seed": 0, "trial": 0}.items():
             value = getattr(args, name)
             check(value is None or value >= least, f"argument --{name}: must be {least} or more")
-        if args.save:
-            good = os.path.isfile(args.save) or not os.path.exists(args.save)
-            good = good and os.access(os.path.dirname(args.save) or ".", os.W_OK)
-            check(good and args.save != args.log, f"argument --save: {args.save} cannot be written")
+        for name in ("log", "save"):
+            path = getattr(args, name) or "."  # an empty name is refused as a folder is
+            good = os.path.isfile(path) or not os.path.exists(path)
+            good = good and os.access(os.path.dirname(path) or ".", os.W_OK)
+            check(good or getattr(args, name) is None, f"argument --{name}: cannot write {path}")
+        check(args.save is None or args.save != args.log, "argument --save: not the file of --log")
         data = prepare(args.task, pick_device(args.device))
         train = lambda stack: train_and_evaluate(stack, data, args.epochs)
         stacks = lambda trials: make_stacks(trials, data)

@@ -398,11 +398,7 @@ def test_training_never_waits_for_the_device(tasks):
     for name in ("xor", "two outputs", "three classes"):
         with pytest.raises(NotImplementedError) as caught:
             rs.train_stack([make_trial(0), make_trial(0)], rs.prepare(name, "meta"), 3)
-        (place,) = [
-            entry
-            for entry in caught.traceback
-            if Path(entry.path).name == rs.__file__.split("/")[-1]
-        ]
+        (place,) = [entry for entry in caught.traceback if Path(entry.path) == Path(rs.__file__)]
         assert ".tolist()" in str(place.statement)
 
 
@@ -775,6 +771,7 @@ def test_inputs_are_standardised_by_the_training_rows_and_a_constant_one_does_no
 
 def test_a_layer_that_cannot_stack_is_refused(monkeypatch, capsys):
     others = (nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False, track_running_stats=False))
+    others += (nn.AlphaDropout(0.5), nn.Linear(2, 2, bias=False))
     for layer in (*others, nn.Dropout(0.5), nn.RReLU(), nn.Linear(2, 2)):
         model = lambda Linear, Dropout, layer=layer, **_: nn.Sequential(layer, Linear(2, 1))
         monkeypatch.setattr(rs, "build_model", model)
@@ -910,10 +907,13 @@ def test_the_command_line_end_to_end(name):
         (["--device", "abacus"], "--device"),
         (["--device", "cuda:99"], "--device"),
         (["--device", "meta"], "--device"),
-        (["--log", "/no/such/folder/log"], "/no/such/folder/log"),
-        (["--log", "/"], "'/'"),
+        (["--log", "/no/such/folder/log"], "--log"),
+        (["--log", "/"], "--log"),
+        (["--log", "/dev/null"], "--log"),
+        (["--log", ""], "--log"),
         (["--save", "/no/such/folder/model"], "--save"),
         (["--save", "/"], "--save"),
+        (["--save", ""], "--save"),
         (["--save", "x", "--log", "x"], "--save"),
         (["--tri", "1"], "--tri"),
     ],
