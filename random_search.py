@@ -1,6 +1,6 @@
 """Random search over hyperparameters in PyTorch, in one file: its trials train side by side.
 
-    python random_search.py --task regression --trials 1000 --log trials.jsonl --save best.pt
+    python random_search.py --task regression --trials 1000 --log trials.jsonl
     torchrun --standalone --nproc-per-node=2 -- random_search.py --trials 10000
 
 Trials of one shape are one stacked net. All that is random about a trial is a function of (seed,
@@ -8,6 +8,7 @@ number): on the CPU its score is the same bit for bit alone, in any stack, on N 
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -66,8 +67,9 @@ TASKS = {
     "regression": Task(ARTICLE_X.split(), ARTICLE_Y.split(), F.mse_loss, slice(2, None, 3)),
 }
 
-
 # ---- The machinery: a trial, a stack of trials, the search, the report, the command line -------
+TRAINING = ("lr", "batch_size", "dropout")  # these act in training, the others in build_model
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass
@@ -99,12 +101,11 @@ def sample_hyperparams(space: dict, seed: int, trial: int) -> dict:
 def random_bits(keys: Tensor, count: int, first: int = 0) -> Tensor:
     """Random int32 [trials, count] of int32 keys [trials, 2] and the counters from first on.
 
-    A hash of the counter (lowbias32 by C. Wellons, with a key before and within) is the same on
-    every device, and needs no generator a trial. The masks make an arithmetic shift a logical one.
+    A hash (lowbias32 by C. Wellons, with a key before and within) is the same on every device.
     """
     counters = torch.arange(first, first + count, device=keys.device)
     bits = keys[:, :1] + (counters * 0x9E3779B9).int()
-    bits ^= (bits >> 16).bitwise_and_(0xFFFF)
+    bits ^= (bits >> 16).bitwise_and_(0xFFFF)  # as if the shift brought in zeros
     bits *= 0x7FEB352D
     bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
     bits += keys[:, 1:]
@@ -116,8 +117,8 @@ def random_bits(keys: Tensor, count: int, first: int = 0) -> Tensor:
 class LinearStep(torch.autograd.Function):
     """A linear layer for each trial that takes its SGD step on the way back.
 
-    Each trial's loss comes scaled by its lr, so the gradient is the step. No weight gradient is
-    ever stored: moving weights through memory is what costs most in nets of this size.
+    A loss comes scaled by its trial's lr, so the gradient is the step, and is never stored: it is
+    the moving of weights through memory that costs most in nets of this size.
     """
 
     @staticmethod
@@ -169,71 +170,54 @@ class StackedDropout(nn.Module):
         return x * mask.view_as(x)
 
 
-# Layers without weights that are random themselves or would mix the trials.
-MIXING = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase | nn.RReLU
-
-
-def architecture(hyperparams: dict) -> dict:
-    """What build_model takes; the rest acts in training and may differ within a stack."""
-    return {k: v for k, v in hyperparams.items() if k not in ("lr", "batch_size", "dropout")}
-
-
 def build_stack(trials: list[Trial], sizes: dict, keys: Tensor) -> nn.Module:
     """One model for trials of one shape; keys, [trials, 2], decide all that is random in it."""
     rates = torch.tensor([[t.hyperparams.get("dropout", 0.0)] for t in trials], device=keys.device)
     layer_keys = (random_bits(keys, 2, 2 * layer) for layer in range(1, 10**9))
     linear = lambda inputs, outputs: StackedLinear(next(layer_keys), inputs, outputs)
     dropout = lambda: StackedDropout(next(layer_keys), rates)
-    model = build_model(linear, dropout, **sizes, **architecture(trials[0].hyperparams))
-    for layer in model.modules():
-        other = [*layer.parameters(False), *layer.buffers(False)] or isinstance(layer, MIXING)
-        check(isinstance(layer, StackedLinear) or not other, f"{layer} does not stack")
-    return model
+    rest = {k: v for k, v in trials[0].hyperparams.items() if k not in TRAINING}
+    return build_model(linear, dropout, **sizes, **rest)
 
 
 def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
     """Group the trials that can train together, as many in a stack as memory allows."""
-    x, groups, stacks = data["train"][0], {}, []
-    most_rows = max(len(x), len(data["scored"][0]))  # larger batches are all one
-    memory = {"cpu": 2**24, "mps": 2**30}.get(x.device.type)  # a CPU's caches should hold a stack
-    memory = memory or torch.accelerator.get_memory_info(x.device)[0] // 4
+    groups, stacks = {}, []
+    most_rows = max(len(data[part][0]) for part in ("train", "scored"))  # more are a full batch
+    memory = 2**24 if data["train"][0].is_cpu else 2**30  # a CPU's caches should hold a stack
     try:
         for trial in trials:
             lr, batch_size = trial.hyperparams["lr"], trial.hyperparams["batch_size"]
-            good = 0 < lr < math.inf and range(batch_size)
-            good = good and 0 <= trial.hyperparams.get("dropout", 0) < 1
-            check(good, "lr and batch_size must be above 0, dropout from 0 to below 1")
-            shape = {"batch_size": min(batch_size, most_rows)} | architecture(trial.hyperparams)
-            groups.setdefault(tuple(shape.items()), []).append(trial)
-        for shape, group in groups.items():
-            trial, rows = group[0], 4 * dict(shape)["batch_size"]
-            model = build_stack([trial], data["sizes"], torch.zeros(1, 2).int())
-            floats = 4 * len(x) + sum(w.numel() + rows * w.shape[1] for w in model.parameters())
-            count = math.ceil(len(group) / max(2, memory // (4 * floats)))
+            good = 0 < lr < math.inf and isinstance(batch_size, int) and batch_size > 0
+            check(good, "lr and batch_size must be above 0, batch_size whole")
+            check(0 <= trial.hyperparams.get("dropout", 0) < 1, "dropout must be 0 to below 1")
+            rest = (v for k, v in trial.hyperparams.items() if k not in TRAINING)
+            groups.setdefault((min(batch_size, most_rows), *rest), []).append(trial)
+        for (rows, *_), group in groups.items():
+            trial, model = group[0], build_stack(group[:1], data["sizes"], torch.zeros(1, 2).int())
+            floats = sum(w.numel() + 4 * rows * w.shape[-1] for w in model.parameters())
+            count = math.ceil(len(group) / max(2, memory // (4 * floats + 16 * most_rows)))
             stacks += [group[start::count] for start in range(count)]
     except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        message = f"{error}".partition("\n")[0]
-        raise ValueError(f"HYPERPARAMS {trial.hyperparams}: {message}") from None
+        raise ValueError(f"HYPERPARAMS {trial.hyperparams}: {error}") from None
     return stacks
 
 
-def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[nn.Module, list[float]]:
-    """Train trials of one shape; their model and scores, 1 / loss or NaN if it diverged."""
+def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[list[float], nn.Module]:
+    """Train trials of one shape; their scores, 1 / loss or NaN if it diverged, and their model."""
     stack = trials if len(trials) > 1 else trials * 2  # one alone goes to another kernel
-    seeds = [np.random.SeedSequence(t.seed, spawn_key=(t.number, 1)) for t in stack]
+    seeds = (np.random.SeedSequence(t.seed, spawn_key=(t.number, 1)) for t in stack)
     keys = np.stack([seed.generate_state(2) for seed in seeds]).view(np.int32)
-    keys = torch.from_numpy(keys).to(data["train"][0].device)
+    keys = torch.tensor(keys, device=data["train"][0].device)
     lr = torch.tensor([trial.hyperparams["lr"] for trial in stack], device=keys.device)
     batch_size, shuffle = trials[0].hyperparams["batch_size"], random_bits(keys, 2)
     model = build_stack(stack, data["sizes"], keys)
 
     def batches(x, y, epochs):  # every trial has its own order of rows in every epoch
-        if batch_size >= len(x):
-            full = [rows.expand(len(stack), *rows.shape).contiguous() for rows in (x, y)]
-            yield from (full for _ in range(epochs))
-            return
+        same = torch.arange(len(x), device=x.device).expand(len(stack), -1)
         for epoch in range(epochs):
-            order = random_bits(shuffle, len(x), epoch * len(x)).argsort()
+            full = batch_size >= len(x)  # so that the order does not matter
+            order = same if full else random_bits(shuffle, len(x), epoch * len(x)).argsort()
             for rows in order.split(batch_size, dim=1):
                 yield x[rows], y[rows]
 
@@ -243,45 +227,36 @@ def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[nn.Module
 
     for x, y in batches(*data["train"], epochs):
         loss_per_trial(x, y).dot(lr).backward()  # and the layers take their steps
+    check(all(w.grad is None for w in model.parameters()), "build_model: a layer does not stack")
     model.eval()
     with torch.no_grad():
         losses = sum(loss_per_trial(x, y) * x.shape[1] for x, y in batches(*data["scored"], 1))
     losses = (losses / len(data["scored"][0]))[: len(trials)].tolist()
-    return model, [1 / max(loss, 1e-12) if math.isfinite(loss) else math.nan for loss in losses]
-
-
-def train_and_evaluate(trials: list[Trial], data: dict, epochs: int) -> list[float]:
-    return train_stack(trials, data, epochs)[1]
+    return [1 / max(loss, 1e-12) if math.isfinite(loss) else math.nan for loss in losses], model
 
 
 def prepare(name: str, device: torch.device | str = "cpu") -> dict:
     """A task's rows on a device, x standardised: "train" and "scored", each (x, y)."""
     task = TASKS[name]
     try:
-        x, y = (torch.from_numpy(np.asarray(rows, np.float32)) for rows in (task.x, task.y))
+        x, y = np.asarray(task.x, float), np.asarray(task.y, np.float32)
         check(len(x) == len(y) > 0, f"x has {len(x)} rows, y has {len(y)}")
-        check(x.isfinite().all() and y.isfinite().all(), "there is NaN or infinity in x or y")
+        check(np.isfinite(x).all() and np.isfinite(y).all(), "there is NaN or infinity in x or y")
         classes = task.classes or 2 * (task.loss is binary_cross_entropy)
-        check(classes or task.loss is not F.cross_entropy, "cross_entropy needs classes")
         check(not classes or np.isin(y, range(classes)).all(), f"y must be 0 to {classes - 1}")
-        check(not task.classes or y.ndim == 1, "with classes y must be [rows]")
-        scored, rows = np.zeros(len(x), bool), task.held_out
-        scored[list(rows) if isinstance(rows, tuple) else rows] = True  # None: all
-        train = scored if task.held_out is None else ~scored
-        check(train.any() and scored.any(), "held_out is empty, or all rows are in it")
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        check(classes or task.loss is not F.cross_entropy, "cross_entropy needs classes")
+        rows, all_rows = np.arange(len(x)), task.held_out is None
+        train = rows if all_rows else np.delete(rows, task.held_out)
+        scored = rows if all_rows else np.delete(rows, train)
+        check(len(train) and len(scored), "held_out is empty, or all rows are in it")
+    except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"task {name!r}: x, y or held_out: {error}") from None
-    x, y = x.reshape(len(x), -1), y.long() if task.classes else y.reshape(len(y), -1)
-    standardise = nn.BatchNorm1d(x.shape[1], eps=0, affine=False).eval()
-    variance, standardise.running_mean = torch.var_mean(x[train], 0, correction=0)
-    standardise.running_var = variance.where(variance > 0, 1.0)
+    x, y = x.reshape(len(x), -1), y.astype(int) if task.classes else y.reshape(len(y), -1)
+    mean, spread = x[train].mean(0), np.where(np.ptp(x[train], 0) > 0, x[train].std(0), 1)
+    x, y = torch.tensor((x - mean) / spread).float().to(device), torch.tensor(y).to(device)
     sizes = {"inputs": x.shape[1], "outputs": task.classes or y.shape[1]}
-    parts, x = {"train": train, "scored": scored}, standardise(x)
-    rows = {part: (x[rows].to(device), y[rows].to(device)) for part, rows in parts.items()}
-    return {"loss": task.loss, "standardise": standardise, "sizes": sizes, **rows}
-
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    data = {"loss": task.loss, "sizes": sizes, "mean": mean, "spread": spread}
+    return data | {"train": (x[train], y[train]), "scored": (x[scored], y[scored])}
 
 
 def random_search(
@@ -289,202 +264,96 @@ def random_search(
     space: dict,
     trials: int | Sequence[int],
     seed: int = 0,
-    make_stacks: Callable[[list[Trial]], list[list[Trial]]] = lambda trials: [[t] for t in trials],
+    make_stacks: Callable = lambda trials: [[trial] for trial in trials],
     log: str | None = None,
     settings: dict | None = None,
 ) -> list[Trial]:
-    """Run and score trials 0 to trials - 1, or those of the numbers trials; return them in order.
+    """Score trials 0 to trials - 1, or those of the numbers trials; return them, the best first.
 
-    train_and_evaluate is handed lists of trials (of one, unless make_stacks groups them) and
-    returns a score for each. What the file log holds does not run again; settings is what it must
-    agree in beside seed and space. Ctrl-C ends the search: what has finished is returned.
-    Under torchrun each process runs its share, and rank 0 returns all.
+    train_and_evaluate returns a score for each of a list of trials (of one, unless make_stacks
+    groups them). Those in the file log, of these settings, seed and space, do not run again.
     """
-    settings, logged, started, shown = (settings or {}) | {"seed": seed}, {}, time.monotonic(), 0.0
     numbers = (range(trials) if isinstance(trials, int) else trials)[RANK::WORLD_SIZE]
-    with open(log or os.devnull, "a+b", buffering=0) as file:
+    settings, done = (settings or {}) | {"seed": seed}, {}
+    with open(os.devnull if log is None else log, "a+b", buffering=0) as file:
         file.seek(0)
-        if log:
-            update_log(file, space, settings, logged, [])
-        finished = [logged[n] for n in numbers if n in logged]
-        todo = [n for n in numbers if n not in logged]
-        todo = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in todo]
+        if log is not None:
+            update_log(file, space, settings, done, [])
+        finished = [done[n] for n in numbers if n in done]
+        new = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers if n not in done]
         try:
-            for stack in make_stacks(todo):
+            for stack in make_stacks(new):
                 for trial, score in zip(stack, train_and_evaluate(stack), strict=True):
                     trial.score = float(score) if math.isfinite(score) else math.nan
-                if log:
-                    update_log(file, space, settings, logged, stack)
+                if log is not None:
+                    update_log(file, space, settings, done, stack)
                 finished += stack
-                shown = show_progress(finished, len(todo), len(numbers), started, shown)
+                if sys.stderr.isatty() and RANK == 0:
+                    print(f"{len(finished)} of {len(numbers)} trials", end="\r", file=sys.stderr)
             if WORLD_SIZE > 1:  # gloo's own time limit is 30 minutes; ranks may differ by more
                 distributed.init_process_group("gloo", timeout=timedelta(days=1000))
-                parts = [[]] * WORLD_SIZE if RANK == 0 else None
-                distributed.gather_object(finished, parts)
+                parts = [[]] * WORLD_SIZE
+                distributed.all_gather_object(parts, finished)
                 distributed.destroy_process_group()
-                finished = [trial for part in parts or [] for trial in part]
+                finished = [trial for part in parts for trial in part]
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-    return sorted(finished if RANK == 0 else [], key=lambda trial: trial.number)
+    return sorted(finished, key=lambda t: (math.isnan(t.score), -t.score, t.number))
 
 
-def log_line(trial: Trial, settings: dict) -> bytes:
+def log_line(trial: Trial, settings: dict) -> str:
     score = None if math.isnan(trial.score) else trial.score
     row = settings | {"trial": trial.number} | trial.hyperparams | {"score": score}
-    return json.dumps(row, allow_nan=False).encode() + b"\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
-def update_log(file, space: dict, settings: dict, logged: dict, trials: list[Trial]) -> None:
-    """Add what is new in the log to logged, by number; then append those of trials not in it."""
-    import fcntl  # not on Windows
-
+def update_log(file, space: dict, settings: dict, done: dict, trials: list[Trial]) -> None:
+    """Add what is new in the log to done, by number; then append those of trials not in it."""
     fcntl.flock(file, fcntl.LOCK_EX)  # other processes write to it
-    start = json.dumps(settings)[:-1].encode()
+    seed, start = settings["seed"], json.dumps(settings)[:-1].encode()
     for line in file.read().splitlines(keepends=True):
-        where = f"{file.name}, line {len(logged) + 1}"
+        where = f"{file.name}, line {len(done) + 1}"
         if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
             print(f"{where}: torn, its trial runs again", file=sys.stderr)
             file.seek(file.truncate(file.tell() - len(line)))
             break
         try:
-            row, seed = json.loads(line), settings["seed"]
-            score = math.nan if row["score"] is None else float(row["score"])
-            sample = sample_hyperparams(space, seed, int(row["trial"]))
-            trial = Trial(int(row["trial"]), seed, sample, score, logged=True)
-        except (ValueError, TypeError, LookupError, ArithmeticError):
+            row, text = json.loads(line), line.decode()
+            trial = Trial(row["trial"], seed, sample_hyperparams(space, seed, row["trial"]))
+            trial.score, trial.logged = math.nan if row["score"] is None else row["score"], True
+            expected = log_line(trial, settings)
+        except (ValueError, TypeError, LookupError):
             raise ValueError(f"{where}: not a line of such a log") from None
-        expected = log_line(trial, settings)
-        for name, value in json.loads(expected).items():
-            check(row.get(name) == value, f"{where}: {name} is {row.get(name)}, here it is {value}")
-        good = line == expected and trial.number not in logged
-        check(good, f"{where}: damaged, or a trial twice")
-        logged[trial.number] = trial
-    new = {trial.number: trial for trial in trials if trial.number not in logged}
-    lines = b"".join(log_line(trial, settings) for trial in new.values())
-    check(file.write(lines) == len(lines), f"{file.name}: not written whole; is the disk full?")
+        check(text == expected and trial.number not in done, f"{where}: twice, or not {expected}")
+        done[trial.number] = trial
+    new = {trial.number: trial for trial in trials if trial.number not in done}
+    file.write("".join(log_line(trial, settings) for trial in new.values()).encode())
     os.fsync(file)
-    logged |= new
+    done |= new
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def show_progress(finished: list, todo: int, total: int, started: float, shown: float) -> float:
-    """A live line on a terminal, at most twice a second; elsewhere a line every ten per cent."""
-    live, seconds, left = sys.stderr.isatty(), time.monotonic() - started, total - len(finished)
-    mark, rate = 2 * seconds if live else 10 * len(finished) // total, (todo - left) / seconds
-    if RANK or mark - shown < 1 and left:
-        return shown
-    line = f"{len(finished)} of {total} trials, best score {ranked(finished)[0].score:.5g}, "
-    line += f"{rate:.3g} trials/s, {left / rate:.0f} s left"
-    line = "\r\033[K" + line * bool(left) if live else line + "\n"
-    print(line, end="", file=sys.stderr, flush=True)
-    return mark
-
-
-def ranked(trials: list[Trial]) -> list[Trial]:
-    """The best first: by score, of equals the lower number; those that diverged last."""
-    return sorted(trials, key=lambda t: (math.isnan(t.score), -t.score, t.number))
-
-
-def show(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def importance(values: list) -> tuple[float, str]:
-    """The share of the variation in rank that goes with values, those of the best trial first.
-
-    After Kruskal and Wallis 1952, over at most eight groups of values. Chance alone spreads the
-    groups' means like chi-squared: what is within five deviations of it counts as none.
-    """
-    values = values if all(type(v) in (int, float) for v in values) else [*map(str, values)]
-    ranks, (distinct, codes) = np.arange(len(values)), np.unique(values, return_inverse=True)
-    groups = codes * min(8, len(distinct)) // len(distinct)
-    means, chance = np.bincount(groups, ranks) / np.bincount(groups), groups.max()
-    spread = (len(values) - 1) * means[groups].var() / max(ranks.var(), 1)
-    if spread <= chance + 5 * math.sqrt(2 * chance):
-        return 0.0, ""
-    best = distinct[np.unique(codes[groups == means.argmin()])]
-    where = " to ".join(dict.fromkeys(map(show, (best[0], best[-1]))))
-    return (spread - chance) / (len(values) - 1 - chance), where
-
-
 def report(trials: list[Trial], losses: bool = False) -> None:
-    """Print the five best trials, what mattered, and whether more trials would help."""
-    if not trials:  # under torchrun, on other ranks than 0
-        return
-    best, n = ranked(trials), len(trials)
-    rows = [["trial", "score", *["loss"] * losses, *best[0].hyperparams]]
-    for t in best[:5]:
-        loss = [1 / t.score] if losses else []
-        rows.append([t.number, t.score, *loss, *t.hyperparams.values()])
-    rows = [[show(value) for value in row] for row in rows]
+    """Print the five best trials, with losses also 1 / score, and how many diverged."""
+    rows = [["trial", "score", *["loss"] * losses, *trials[0].hyperparams]]
+    for t in trials[:5]:
+        values = [t.number, t.score, *([1 / t.score] if losses else []), *t.hyperparams.values()]
+        rows.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(" ".join(map(str.rjust, row, widths))[:80])
-    scores = np.array([trial.score for trial in best])
-    print(f"{np.isnan(scores).sum()} of {n} trials diverged")
-    if n == 1 or np.isnan(scores).all():
-        return
-    print("\nWhat mattered: share of the variation in rank, and where the best trials lie")
-    for name in best[0].hyperparams:
-        share, where = importance([trial.hyperparams[name] for trial in best])
-        print(f"{name:>15} {share:4.0%} {'█' * round(30 * share):30} {where}"[:80].rstrip())
-    print("\nWould more trials help: the best score to expect of so many trials")
-    scores = np.nan_to_num(scores, nan=np.nanmin(scores))
-    for draws in sorted({n, *(d * 10**p for p in range(9) for d in (1, 2, 5) if d * 10**p < n)}):
-        # Dodge et al. 2019, "Show Your Work", without replacement: P(none so far is drawn).
-        none = np.cumprod(np.clip(1 - draws / np.arange(n, 0, -1), 0, 1))
-        expected = -np.diff(none, prepend=1.0) @ scores
-        share = (expected - scores[-1]) / max(scores[0] - scores[-1], 1e-300)
-        print(f"{draws:>15} {expected:10.4g} {'█' * round(40 * share)}")
-
-
-def replay(trial: Trial, data: dict, settings: dict, path: str | None) -> str:
-    """Train a trial again by itself, save its model to path; what it makes of eight rows."""
-    model, (score,) = train_stack([trial], data, settings["epochs"])
-    if path:
-        state = {f"0.{name}": value for name, value in data["standardise"].state_dict().items()}
-        state |= {f"1.{name}": value[0].cpu() for name, value in model.state_dict().items()}
-        saved = settings | {"trial": trial.number, "score": score, "sizes": data["sizes"]}
-        saved |= {"hyperparameters": trial.hyperparams, "state_dict": state}
-        torch.save(saved, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    note = "" if score == trial.score else f", in the log {1 / trial.score:.4g}"
-    title = f"Trial {trial.number} trained again: loss {1 / score:.4g}{note}; targets, predictions"
-    x, y = (values[:8] for values in data["scored"])
-    with torch.no_grad():
-        outputs = torch.cat([y.view(len(y), -1), model(x.expand(2, *x.shape))[0]], dim=1)
-    return f"\n{title}\n{outputs}"
-
-
-def load_model(path: str) -> nn.Sequential:
-    """The model that --save wrote, in evaluation mode, for raw x [rows, features].
-
-    Raises OSError if path cannot be read, ValueError if it is something else.
-    """
-    try:
-        saved = torch.load(path, weights_only=True)
-        arguments = saved["sizes"] | architecture(saved["hyperparameters"])
-        with torch.device("meta"):
-            model = nn.Sequential(nn.BatchNorm1d(arguments["inputs"], eps=0, affine=False))
-            model.append(build_model(nn.Linear, nn.Dropout, **arguments))
-        model.load_state_dict(saved["state_dict"], assign=True)
-        return model.eval()
-    except Exception as error:
-        check(isinstance(error, OSError), f"{path}: not a model that this file saved")
-        raise
+    print(f"{sum(math.isnan(t.score) for t in trials)} of {len(trials)} trials diverged")
 
 
 def pick_device(name: str) -> torch.device:
     """The device of this process: under torchrun, the accelerator of its LOCAL_RANK."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator:
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        if accelerator.type != "cpu":
-            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        device = accelerator if name == "auto" else torch.device(name)
-        torch.zeros(1, device=device).item()
+        return torch.zeros(1, device=accelerator or "cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"argument --device: {name} is not here; {accelerator} is") from None
-    return device
+        raise ValueError(f"argument --device: {name} is not available here") from None
 
 
 def main() -> int:
@@ -498,7 +367,6 @@ def main() -> int:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: auto")
     add("--log", metavar="FILE", help="append finished trials to FILE; do not repeat those in it")
     add("--trial", metavar="K", type=int, help="run only trial K")
-    add("--save", metavar="FILE", help="save the best model for load_model(FILE)")
     args = parser.parse_args()
     settings = {"task": args.task, "seed": args.seed, "epochs": args.epochs}
     numbers = range(args.trials) if args.trial is None else [args.trial]
@@ -506,41 +374,27 @@ def main() -> int:
         for name, least in {"trials": 1, "epochs": 1, "seed": 0, "trial": 0}.items():
             value = getattr(args, name)
             check(value is None or value >= least, f"argument --{name}: must be {least} or more")
-        for name in ("log", "save"):
-            path = getattr(args, name) or "."  # an empty name is refused as a folder is
-            good = os.path.isfile(path) or not os.path.exists(path)
-            good = good and os.access(os.path.dirname(path) or ".", os.W_OK)
-            check(good or getattr(args, name) is None, f"argument --{name}: cannot write {path}")
-        check(args.save is None or args.save != args.log, "argument --save: not the file of --log")
         data = prepare(args.task, pick_device(args.device))
-        train = lambda stack: train_and_evaluate(stack, data, args.epochs)
+        train = lambda stack: train_stack(stack, data, args.epochs)[0]
         stacks = lambda trials: make_stacks(trials, data)
         trials = random_search(train, HYPERPARAMS, numbers, args.seed, stacks, args.log, settings)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(str(error).partition("\n")[0])
     if RANK or not trials:
         return 0 if RANK else 130
     seconds, ran = time.monotonic() - started, sum(not trial.logged for trial in trials)
-    best = ranked(trials)[0]
-    diverged = math.isnan(best.score)
-    predictions = "" if diverged else replay(best, data, settings, args.save)  # before any output
     print(f"task {args.task}, seed {args.seed}, {args.epochs} epochs, on {data['train'][0].device}")
     print(f"{len(trials)} trials, {ran} run now in {seconds:.1f} s, {ran / seconds:.1f} a second\n")
     report(trials, losses=True)
-    if diverged:
+    if math.isnan(trials[0].score):
         parser.exit(1, f"{parser.prog}: every trial diverged; try a smaller lr\n")
-    print(predictions)
-    print(best.hyperparams)
+    _, model = train_stack(trials[:1], data, args.epochs)  # the best again, alone
+    x, y = (rows[:8] for rows in data["scored"])
+    table = torch.cat([y.view(len(y), -1), model(x.expand(2, *x.shape))[0]], dim=1).detach()
+    print(f"\nTargets and predictions of the best\n{table.cpu()}")
+    print(trials[0].hyperparams)
     return 0 if len(trials) == len(numbers) else 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may have no block characters
-    try:
-        status = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # what reads it has gone, as head does
-        status = os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(status)
+    sys.exit(main())

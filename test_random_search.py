@@ -1,12 +1,15 @@
 """Tests of random_search.py, `make test`, and its benchmark, `make bench`."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import pty
 import random
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -48,6 +51,14 @@ def make_trial(number: int, **hyperparams) -> rs.Trial:
 def make_keys(trials: list[rs.Trial]) -> torch.Tensor:
     seeds = [np.random.SeedSequence(t.seed, spawn_key=(t.number, 1)) for t in trials]
     return torch.from_numpy(np.stack([s.generate_state(2) for s in seeds]).view(np.int32))
+
+
+def train(trials: list[rs.Trial], data: dict, epochs: int) -> list[float]:
+    return rs.train_stack(trials, data, epochs)[0]
+
+
+def numbered(trials: list[rs.Trial]) -> list[rs.Trial]:
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def bits(scores: list[float]) -> list[str]:
@@ -104,8 +115,8 @@ def plain_copy(trial: rs.Trial, data: dict, epochs: int) -> tuple[nn.Module, lis
     """An ordinary model with a trial's initial weights and masks, and its row orders."""
     keys = make_keys([trial] * 2)
     stack = rs.build_stack([trial] * 2, data["sizes"], keys)
-    arguments = data["sizes"] | rs.architecture(trial.hyperparams)
-    model = rs.build_model(nn.Linear, nn.Dropout, **arguments)
+    shape = {name: trial.hyperparams[name] for name in ("hidden_size", "num_layers")}
+    model = rs.build_model(nn.Linear, nn.Dropout, **data["sizes"], **shape)
     model.load_state_dict({name: value[0] for name, value in stack.state_dict().items()})
     rows = len(data["train"][0])
     batch = trial.hyperparams["batch_size"]
@@ -131,7 +142,7 @@ def test_a_stack_ends_like_plain_pytorch(name, tasks):
     for hidden_size, num_layers in [(32, 1), (64, 4), (256, 2)]:
         shape = {"hidden_size": hidden_size, "num_layers": num_layers, "batch_size": 32}
         trials = [make_trial(number, **shape) for number in range(4)]
-        model, scores = rs.train_stack(trials, data, epochs)
+        scores, model = rs.train_stack(trials, data, epochs)
         for index, trial in enumerate(trials):
             plain, orders = plain_copy(trial, data, epochs)
             loss = mean_loss(data)
@@ -152,11 +163,11 @@ def test_bit_for_bit_alone_in_a_pair_and_in_a_wide_stack(name):
     for hidden_size, num_layers in SHAPES:
         shape = {"hidden_size": hidden_size, "num_layers": num_layers}
         trials = [make_trial(number, **shape) for number in range(19)]
-        wide = bits(rs.train_and_evaluate(trials, data, 6))
+        wide = bits(train(trials, data, 6))
         assert len(set(wide) - {"nan"}) == 19 - wide.count("nan") > 10
-        assert bits(rs.train_and_evaluate(trials[3:4], data, 6)) == wide[3:4]
-        assert bits(rs.train_and_evaluate(trials[17:], data, 6)) == wide[17:]
-        assert bits(rs.train_and_evaluate(trials[::-1], data, 6)) == wide[::-1]
+        assert bits(train(trials[3:4], data, 6)) == wide[3:4]
+        assert bits(train(trials[17:], data, 6)) == wide[17:]
+        assert bits(train(trials[::-1], data, 6)) == wide[::-1]
 
 
 def test_bit_for_bit_where_more_rows_score_than_train(monkeypatch):
@@ -166,33 +177,34 @@ def test_bit_for_bit_where_more_rows_score_than_train(monkeypatch):
     data = rs.prepare("mine")
     trials = [make_trial(n, hidden_size=32, num_layers=1) for n in range(24)]
     for stack in rs.make_stacks(trials, data):
-        scores = bits(rs.train_and_evaluate(stack, data, 3))
-        assert scores == bits([rs.train_and_evaluate([t], data, 3)[0] for t in stack])
+        scores = bits(train(stack, data, 3))
+        assert scores == bits([train([t], data, 3)[0] for t in stack])
 
 
 @pytest.mark.parametrize("name", ["two outputs", "binary", "three classes"])
 def test_bit_for_bit_in_batches_on_any_number_of_threads(name, tasks):
     data, threads = rs.prepare(name), torch.get_num_threads()
     trials = [make_trial(n, hidden_size=64, num_layers=2, batch_size=16) for n in range(40)]
-    wide = bits(rs.train_and_evaluate(trials, data, 4))
+    wide = bits(train(trials, data, 4))
     torch.set_num_threads(1)
     try:
-        assert bits(rs.train_and_evaluate(trials[7:8], data, 4)) == wide[7:8]
-        assert bits(rs.train_and_evaluate(trials[5:20], data, 4)) == wide[5:20]
+        assert bits(train(trials[7:8], data, 4)) == wide[7:8]
+        assert bits(train(trials[5:20], data, 4)) == wide[5:20]
     finally:
         torch.set_num_threads(threads)
 
 
 def search(count: int, seed: int = 0, **options) -> list[rs.Trial]:
     data = rs.prepare("xor")
-    return rs.random_search(
-        lambda trials: rs.train_and_evaluate(trials, data, 5),
+    trials = rs.random_search(
+        lambda trials: train(trials, data, 5),
         rs.HYPERPARAMS,
         count,
         seed,
         lambda trials: rs.make_stacks(trials, data),
         **options,
     )
+    return numbered(trials)
 
 
 def test_the_seed_and_nothing_else_decides():
@@ -305,7 +317,7 @@ def test_every_hyperparameter_acts(tasks):
     changes = {"lr": 0.06, "batch_size": 32, "hidden_size": 64, "num_layers": 3, "dropout": 0.2}
     losses = []
     for change in [{}, *({name: value} for name, value in changes.items())]:
-        model, scores = rs.train_stack([make_trial(0, **base | change)], data, 3)
+        scores, model = rs.train_stack([make_trial(0, **base | change)], data, 3)
         losses += scores
         hidden = (base | change)["hidden_size"]
         layers = [m for m in model.modules() if isinstance(m, rs.StackedLinear)]
@@ -318,8 +330,8 @@ def test_a_batch_size_past_the_rows_is_a_full_batch():
     data = rs.prepare("xor")
     trials = [make_trial(0, batch_size=size) for size in rs.HYPERPARAMS["batch_size"]]
     assert len(rs.make_stacks(trials, data)) == 1
-    assert len(set(rs.train_and_evaluate(trials, data, 5))) == 1
-    assert len({rs.train_and_evaluate([trial], data, 5)[0] for trial in trials}) == 1
+    assert len(set(train(trials, data, 5))) == 1
+    assert len({train([trial], data, 5)[0] for trial in trials}) == 1
 
 
 # ---- The search ---------------------------------------------------------------------------------
@@ -329,7 +341,7 @@ def test_three_lines_search_any_function():
     trials = rs.random_search(
         lambda ts: [-(t.hyperparams["x"] ** 2) for t in ts], {"x": range(-9, 10)}, 99
     )
-    best = rs.ranked(trials)[0]
+    best = trials[0]
     assert best.hyperparams == {"x": 0}
     assert best.number == min(t.number for t in trials if t.hyperparams["x"] == 0)
 
@@ -352,9 +364,10 @@ def test_the_best_is_the_highest_then_the_lowest_number_and_never_nan(scores, be
         len(scores),
         make_stacks=lambda trials: [[trial] for trial in trials[::order]],
     )
-    assert [trial.number for trial in trials] == list(range(len(scores)))
-    found = rs.ranked(trials[::order])[0]
-    assert (None if math.isnan(found.score) else found.number) == best
+    assert [trial.number for trial in numbered(trials)] == list(range(len(scores)))
+    assert (None if math.isnan(trials[0].score) else trials[0].number) == best
+    found = [trial.score for trial in trials if not math.isnan(trial.score)]
+    assert found == sorted(found, reverse=True)
 
 
 def test_a_missing_score_is_an_error():
@@ -366,7 +379,7 @@ def test_a_loss_of_zero_has_a_finite_score_and_divergence_none():
     data, trials = rs.prepare("xor"), [make_trial(0)] * 2
     for factor, score in [(0.0, 1e12), (math.nan, math.nan), (math.inf, math.nan)]:
         data["loss"] = lambda outputs, y, reduction, factor=factor: outputs.abs() * factor
-        scores = rs.train_and_evaluate(trials, data, 1)
+        scores = train(trials, data, 1)
         assert scores == pytest.approx([score] * 2, nan_ok=True)
 
 
@@ -374,9 +387,9 @@ def test_divergence_of_one_trial_leaves_the_others_alone():
     data = rs.prepare("regression")
     shape = {"hidden_size": 64, "num_layers": 3}
     trials = [make_trial(0, **shape, lr=1e9), make_trial(1, **shape), make_trial(2, **shape)]
-    scores = rs.train_and_evaluate(trials, data, 30)
+    scores = train(trials, data, 30)
     assert math.isnan(scores[0])
-    assert bits(scores[1:]) == bits(rs.train_and_evaluate(trials[1:], data, 30))
+    assert bits(scores[1:]) == bits(train(trials[1:], data, 30))
 
 
 def test_stacks_are_bounded_and_hold_each_trial_once():
@@ -436,9 +449,11 @@ def test_the_log_is_strict_json_and_resumes_only_what_is_missing(tmp_path):
     assert agree(first, path)
     again = rs.random_search(score, space, 30, **options)
     assert ran == list(range(30))
-    assert bits([t.score for t in again[:20]]) == bits([t.score for t in first])
+    scores = [bits([t.score for t in numbered(trials)[:20]]) for trials in (first, again)]
+    assert scores[0] == scores[1]
     assert agree(again, path)
-    assert [t.number for t in rs.random_search(score, space, 10, **options)] == list(range(10))
+    fewer = rs.random_search(score, space, 10, **options)
+    assert [trial.number for trial in numbered(fewer)] == list(range(10))
     assert len(strict_rows(path)) == len(ran) == 30
 
 
@@ -489,9 +504,9 @@ def test_a_torn_last_line_runs_again_wherever_it_was_cut(tmp_path, capsys):
         path.write_bytes(content[:cut])
         capsys.readouterr()
         with open(path, "r+b", buffering=0) as log:
-            logged = {}
-            rs.update_log(log, rs.HYPERPARAMS, settings, logged, [])
-        assert len(logged) == 3
+            done = {}
+            rs.update_log(log, rs.HYPERPARAMS, settings, done, [])
+        assert len(done) == 3
         assert path.read_bytes() == content[:last]
         assert ("torn" in capsys.readouterr().err) == (cut > last)
     search(4, log=str(path), settings=settings)
@@ -518,11 +533,11 @@ def spoil_line(number: int, old: str, new: str):
         (lambda content: content + "x", 41, "not a line"),
         (spoil_line(3, '"score": ', '"score": NaN, "x": '), 3, ""),
         (spoil_line(5, "{", ""), 5, "not a line"),
-        (spoil_line(7, '"xor"', '"regression"'), 7, "task"),
-        (spoil_line(7, '"seed": 0', '"seed": 1'), 7, "seed"),
-        (spoil_line(7, '"epochs": 20', '"epochs": 21'), 7, "epochs"),
-        (spoil_line(9, '"lr": 0', '"lr": 1'), 9, "lr"),
-        (spoil_line(9, ", ", ",  "), 9, "damaged"),
+        (spoil_line(7, '"xor"', '"regression"'), 7, '"task": "xor"'),
+        (spoil_line(7, '"seed": 0', '"seed": 1'), 7, '"seed": 0'),
+        (spoil_line(7, '"epochs": 20', '"epochs": 21'), 7, '"epochs": 20'),
+        (spoil_line(9, '"lr": 0', '"lr": 1'), 9, '"lr": 0'),
+        (spoil_line(9, ", ", ",  "), 9, "not "),
         (spoil_line(9, '"score": ', '"score": "'), 9, "not a line"),
     ],
 )
@@ -555,73 +570,60 @@ def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["xor", "regression"])
 def test_trial_runs_one_trial_as_the_search_did(name, tmp_path, monkeypatch, capsys):
-    path, saved = tmp_path / "log", tmp_path / "model"
-    options = ["--task", name, "--epochs", 15]
+    path, alone, options = tmp_path / "log", tmp_path / "alone", ["--task", name, "--epochs", 15]
     call(monkeypatch, capsys, *options, "--trials", 12, "--log", path)
-    for row in sorted(strict_rows(path), key=lambda row: row["trial"])[::4]:
-        one = [*options, "--trial", row["trial"], "--save", saved]
+    rows = sorted(strict_rows(path), key=lambda row: row["trial"])[::4]
+    for row in rows:
+        one = [*options, "--trial", row["trial"], "--log", alone]
         status, out, _ = call(monkeypatch, capsys, *one)
-        content = torch.load(saved, weights_only=True)
         assert status == 0
-        assert (content["trial"], content["score"]) == (row["trial"], row["score"])
         assert eval(out.splitlines()[-1], {}) == {key: row[key] for key in rs.HYPERPARAMS}
-        assert f"Trial {row['trial']} trained again" in out
-        assert "in the log" not in out
+        assert "1 trials, 1 run now" in out
+    assert strict_rows(alone) == rows
 
 
-def test_a_saved_model_gives_the_reported_predictions_in_a_fresh_process(tmp_path):
-    saved = tmp_path / "best.pt"
-    run = command("--task", "regression", "--trials", 30, "--epochs", 60, "--save", saved)
-    lines = [line.split() for line in run.stdout.splitlines()]
-    start = next(i for i, words in enumerate(lines) if words[-1:] == ["predictions"]) + 1
-    reported = [words[-1].rstrip("],)") for words in lines[start : start + 5]]
-    code = (
-        "import random_search, torch\n"
-        f"model = random_search.load_model({str(saved)!r})\n"
-        "assert not model.training and type(model) is torch.nn.Sequential\n"
-        "x = torch.tensor([[5.5], [4.168], [7.59], [10.791], [3.1]])\n"
-        "print(*(f'{v:.4f}' for v in model(x).flatten()))"
-    )
-    line = [sys.executable, "-c", code]
-    fresh = subprocess.run(line, capture_output=True, text=True, cwd=HERE, check=False)
-    assert fresh.stdout.split() == reported, fresh.stderr
-    content = torch.load(saved, weights_only=True)
-    for key in ("hyperparameters", "task", "seed", "epochs", "trial", "score", "state_dict"):
-        assert key in content
-    assert content["hyperparameters"] == eval(run.stdout.splitlines()[-1], {})
-    assert list(saved.parent.iterdir()) == [saved]
+def test_the_predictions_are_those_of_the_best_trial(monkeypatch, capsys):
+    status, out, _ = call(monkeypatch, capsys, "--task", "regression", "--trials", 20)
+    assert status == 0
+    table = np.array(eval(out.split("of the best\ntensor(")[1].split("])")[0] + "]", {}))
+    targets, predictions = table.T
+    held_out = [float(value) for value in rs.ARTICLE_Y.split()[2::3]]
+    assert targets == pytest.approx(held_out, abs=1e-4)
+    loss = float(out.splitlines()[4].split()[2])
+    assert ((targets - predictions) ** 2).mean() == pytest.approx(loss, rel=1e-2)
 
 
-def test_load_model_names_a_file_that_is_none(tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
-        rs.load_model(str(tmp_path / "nowhere"))
-    for content in (b"", b"hello", b"PK\x03\x04"):
-        (tmp_path / "foreign").write_bytes(content)
-        with pytest.raises(ValueError, match="foreign"):
-            rs.load_model(str(tmp_path / "foreign"))
-    torch.save({"a": 1}, tmp_path / "other")
-    with pytest.raises(ValueError, match="other") as caught:
-        rs.load_model(str(tmp_path / "other"))
-    assert len(str(caught.value).splitlines()) == 1
+def run_on_a_terminal(*arguments, until: str = "") -> tuple[int, str, str]:
+    """Run with a terminal for standard error; Ctrl-C as soon as until is seen on it."""
+    terminal, end = pty.openpty()
+    line = [sys.executable, str(HERE / "random_search.py"), *map(str, arguments)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=end, text=True)
+    os.close(end)
+    err = ""
+    with contextlib.suppress(OSError):  # so a terminal ends on Linux
+        while text := os.read(terminal, 1000).decode():
+            err += text
+            if until and until in err:
+                process.send_signal(signal.SIGINT)
+                until = ""
+    os.close(terminal)
+    out = process.communicate(timeout=60)[0]
+    return process.returncode, out, err
 
 
-def test_a_log_of_another_machine_is_noticed(tmp_path, monkeypatch, capsys):
-    path, options = tmp_path / "log", ["--trials", 3, "--epochs", 5, "--save", tmp_path / "model"]
-    call(monkeypatch, capsys, *options, "--log", path)
-    best = max(strict_rows(path), key=lambda row: row["score"])
-    path.write_text(path.read_text().replace(repr(best["score"]), repr(best["score"] + 1e-9)))
-    _, out, _ = call(monkeypatch, capsys, *options, "--log", path)
-    assert re.search(f"Trial {best['trial']} .*in the log", out)
+def test_progress_is_one_line_on_a_terminal():
+    status, out, err = run_on_a_terminal("--trials", 30, "--epochs", 5)
+    assert status == 0
+    lines = err.split("\r")
+    assert lines[-2:] == ["30 of 30 trials", ""]
+    assert all(line.endswith(" of 30 trials") for line in lines[:-1])
+    assert len(out.splitlines()[0]) > len(lines[-2])  # what is printed next covers it
 
 
 def test_ctrl_c_reports_what_is_finished(tmp_path):
     path = tmp_path / "log"
-    line = [sys.executable, str(HERE / "random_search.py"), "--trials", "3000", "--log", str(path)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "of 3000 trials" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    status, out, err = run_on_a_terminal("--trials", 3000, "--log", path, until="of 3000 trials")
+    assert status == 130
     assert "Traceback" not in err
     best = max(strict_rows(path), key=lambda row: row["score"] or 0)
     assert eval(out.splitlines()[-1], {}) == {key: best[key] for key in rs.HYPERPARAMS}
@@ -644,12 +646,12 @@ def test_a_killed_worker_costs_only_its_unfinished_stacks(xor_log, tmp_path):
     path, worker = tmp_path / "log", tmp_path / "worker.py"
     worker.write_text(
         f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport random_search as rs\n"
-        "train, first_life = rs.train_and_evaluate, os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "train, first_life = rs.train_stack, os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
         "def dies(trials, data, epochs):\n"
         "    if first_life and rs.RANK == 1 and any(trial.number > 20 for trial in trials):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return train(trials, data, epochs)\n"
-        "rs.train_and_evaluate = dies\n"
+        "rs.train_stack = dies\n"
         "sys.exit(rs.main())\n"
     )
     program = torchrun("--nproc-per-node=2", "--max-restarts=2")
@@ -665,15 +667,33 @@ def test_a_killed_worker_costs_only_its_unfinished_stacks(xor_log, tmp_path):
 README = (HERE / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["data", "space", "model that stacks", "model that does not stack"]
-)
-def test_a_section_of_the_readme_runs_as_written(name, tmp_path):
-    section = README.split(f"## Your own {name}\n")[1].split("\n## ")[0]
+def readme_code(title: str) -> str:
+    section = README.split(f"## {title}\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return code
+
+
+STATISTICS = "What mattered, and would more trials help"
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Keep the best model",
+        STATISTICS,
+        "Your own data",
+        "Your own space",
+        "Your own model that stacks",
+        "Your own model that does not stack",
+    ],
+)
+def test_a_section_of_the_readme_runs_as_written(title, tmp_path):
+    code = readme_code(title)
     environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8"}
     line = [sys.executable, "-c", code]
     options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    if "open(" in code:
+        command("--trials", 60, "--epochs", 5, "--log", tmp_path / "trials.jsonl")
     for _ in range(2 if "log=" in code else 1):  # again: all of it comes from the log
         run = subprocess.run(line, check=False, timeout=120, **options)
         assert run.returncode == 0, run.stderr
@@ -681,6 +701,20 @@ def test_a_section_of_the_readme_runs_as_written(name, tmp_path):
     if "log=" in code:
         (log,) = tmp_path.glob("*.jsonl")
         assert len(strict_rows(log)) == 12
+
+
+def test_the_kept_model_is_that_of_the_best_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("keep.py").write_text(readme_code("Keep the best model"))
+    names = runpy.run_path("keep.py")
+    task = rs.TASKS["regression"]
+    x = torch.tensor([[float(value)] for value in task.x[task.held_out]])
+    y = torch.tensor([[float(value)] for value in task.y[task.held_out]])
+    loss = F.mse_loss(names["model"](x), y).item()
+    assert loss == pytest.approx(1 / names["best"].score, rel=1e-4)
+    saved = torch.load("best.pt", weights_only=True)
+    assert saved["hyperparams"] == names["best"].hyperparams
+    assert saved["state_dict"].keys() == names["model"].state_dict().keys()
 
 
 def test_the_readme_names_the_options_that_exist():
@@ -714,7 +748,6 @@ X = np.arange(20.0).reshape(10, 2)
         (rs.Task(X, np.full(10, -1), F.cross_entropy, classes=5), "0 to 4"),
         (rs.Task(X, np.full(10, 2), rs.binary_cross_entropy), "0 to 1"),
         (rs.Task(X, np.zeros(10, int), F.cross_entropy), "classes"),
-        (rs.Task(np.zeros((10, 1)), np.zeros((10, 1)), F.cross_entropy, classes=2), "[rows]"),
         (rs.Task([["a"]], [1], F.mse_loss), "could not convert"),
     ],
 )
@@ -759,20 +792,18 @@ def test_inputs_are_standardised_by_the_training_rows_and_a_constant_one_does_no
     x[:, 1], x[4::5] = 0.25, 1e3  # a constant feature; rows that are held out
     monkeypatch.setitem(rs.TASKS, "mine", rs.Task(x, x[:, 0] / 1e3, F.mse_loss))
     data = rs.prepare("mine")
-    train = data["train"][0]
+    rows = data["train"][0]
     assert [len(data[part][0]) for part in ("train", "scored")] == [32, 8]
-    torch.testing.assert_close(train.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     expected = torch.tensor([1.0, 0.0, 1.0])
-    torch.testing.assert_close(train.std(0, correction=0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows.std(0, correction=0), expected, atol=1e-4, rtol=0)
     assert data["scored"][0].min() > 100
     trial = make_trial(0, lr=0.001, hidden_size=32)
-    assert math.isfinite(rs.train_and_evaluate([trial], data, 3)[0])
+    assert math.isfinite(train([trial], data, 3)[0])
 
 
 def test_a_layer_that_cannot_stack_is_refused(monkeypatch, capsys):
-    others = (nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False, track_running_stats=False))
-    others += (nn.AlphaDropout(0.5), nn.Linear(2, 2, bias=False))
-    for layer in (*others, nn.Dropout(0.5), nn.RReLU(), nn.Linear(2, 2)):
+    for layer in (nn.LayerNorm(2), nn.PReLU(), nn.Linear(2, 2, bias=False), nn.Linear(2, 2)):
         model = lambda Linear, Dropout, layer=layer, **_: nn.Sequential(layer, Linear(2, 1))
         monkeypatch.setattr(rs, "build_model", model)
         status, _, err = call(monkeypatch, capsys, "--trials", 2, "--epochs", 1)
@@ -801,46 +832,50 @@ def made_up_trials(count: int, score) -> list[rs.Trial]:
     return trials
 
 
-def importance(trials: list[rs.Trial], name: str) -> tuple[float, str]:
-    return rs.importance([trial.hyperparams[name] for trial in rs.ranked(trials)])
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory) -> dict:
+    """The functions of the README's section, without what follows them."""
+    path = tmp_path_factory.mktemp("statistics") / "statistics.py"
+    path.write_text(readme_code(STATISTICS).split("rows = [json")[0])
+    return runpy.run_path(str(path))
 
 
-def test_what_mattered_finds_it_and_nothing_else():
+def importance(statistics: dict, trials: list[rs.Trial], name: str) -> tuple[float, str]:
+    best = sorted(trials, key=lambda t: (math.isnan(t.score), -t.score, t.number))
+    return statistics["importance"]([trial.hyperparams[name] for trial in best])
+
+
+def test_what_mattered_finds_it_and_nothing_else(statistics):
     trials = made_up_trials(300, lambda h: math.exp(20 * h["lr"] + h["num_layers"]))
     trials[0].score, trials[1].score = math.nan, 1e30  # an outlier and a diverged trial
-    shares = {name: importance(trials, name)[0] for name in rs.HYPERPARAMS}
+    shares = {name: importance(statistics, trials, name)[0] for name in rs.HYPERPARAMS}
     assert shares["num_layers"] > 0.7
     assert 0.05 < shares["lr"] < 0.3
     assert shares["batch_size"] == shares["hidden_size"] == shares["dropout"] == 0
-    assert importance(trials, "num_layers")[1] == "4"
-    assert importance(trials, "lr")[1].endswith("to 0.1")
-    for values in ("xyz", (None, True, "z")):
-        kinds = [rs.Trial(n, 0, {"a": values[n % 3]}, n % 3 + n / 1e3) for n in range(60)]
-        share, where = importance(kinds, "a")
-        assert (share > 0.8, where) == (True, "z")
+    assert importance(statistics, trials, "num_layers")[1] == "4 to 4"
+    assert importance(statistics, trials, "lr")[1].endswith("to 0.1")
+    kinds = [rs.Trial(n, 0, {"a": "xyz"[n % 3]}, n % 3 + n / 1e3) for n in range(60)]
+    share, where = importance(statistics, kinds, "a")
+    assert (share > 0.8, where) == (True, "z to z")
 
 
 @pytest.mark.parametrize("name", ["xor", "regression"])
-def test_batch_size_comes_out_as_nothing_where_it_does_nothing(name):
+def test_batch_size_comes_out_as_nothing_where_it_does_nothing(name, statistics):
     data = rs.prepare(name)
     for start in range(0, 360, 120):
         trials = [make_trial(number) for number in range(start, start + 120)]
         for stack in rs.make_stacks(trials, data):
-            for trial, score in zip(stack, rs.train_and_evaluate(stack, data, 20), strict=True):
+            for trial, score in zip(stack, train(stack, data, 20), strict=True):
                 trial.score = score
-        assert importance(trials, "batch_size")[0] == 0
+        assert importance(statistics, trials, "batch_size")[0] == 0
 
 
-def test_the_expected_best_is_the_mean_over_all_subsets(capsys):
-    scores = [3.0, 1.0, math.nan, 7.0, 2.0, 2.0]
-    rs.report([rs.Trial(n, 0, {"a": n}, score) for n, score in enumerate(scores)])
-    table = capsys.readouterr().out.split("so many trials\n")[1]
-    rows = [line.split()[:2] for line in table.splitlines()]
-    assert [int(size) for size, _ in rows] == [1, 2, 5, 6]
-    lowest = [1.0 if math.isnan(score) else score for score in scores]
-    for size, value in rows:
-        subsets = [max(subset) for subset in itertools.combinations(lowest, int(size))]
-        assert float(value) == pytest.approx(sum(subsets) / len(subsets), rel=1e-3)
+def test_the_expected_best_is_the_mean_over_all_subsets(statistics):
+    scores = [7.0, 3.0, 2.0, 2.0, 1.0, 0.0]
+    for size in range(1, 7):
+        subsets = [max(subset) for subset in itertools.combinations(scores, size)]
+        expected = statistics["expected_best"](np.array(scores), size)
+        assert expected == pytest.approx(sum(subsets) / len(subsets), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -849,20 +884,6 @@ def test_the_report_of_a_few_trials(count, capsys):
         rs.report(made_up_trials(count, lambda h, sign=sign: sign * h["lr"]), losses=sign != 0)
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= 80
-    rs.report([])
-    assert capsys.readouterr().out == ""
-
-
-def test_a_closed_pipe_and_a_plain_encoding_do_no_harm(tmp_path):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    run = command("--trials", 20, "--epochs", 5, env=environment)
-    assert (run.returncode, "?" in run.stdout) == (0, True)
-    saved = tmp_path / "best.pt"
-    line = f"{sys.executable} -u {HERE / 'random_search.py'} --trials 20 --epochs 5 --save {saved}"
-    run = subprocess.run(f"{line} | true", shell=True, capture_output=True, text=True, check=False)
-    assert saved.exists()
-    assert "Traceback" not in run.stderr
-    assert "BrokenPipe" not in run.stderr
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -888,9 +909,7 @@ def test_the_command_line_end_to_end(name):
     assert best == hyperparams
     assert losses[0] < {"xor": 0.01, "regression": 0.0785}[name]
     assert "diverged" in run.stdout
-    progress = run.stderr.splitlines()
-    assert 1 <= len(progress) <= 10
-    assert all("of 40 trials" in line for line in progress)
+    assert run.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -906,15 +925,9 @@ def test_the_command_line_end_to_end(name):
         (["--task", "sudoku"], "--task"),
         (["--device", "abacus"], "--device"),
         (["--device", "cuda:99"], "--device"),
-        (["--device", "meta"], "--device"),
-        (["--log", "/no/such/folder/log"], "--log"),
-        (["--log", "/"], "--log"),
-        (["--log", "/dev/null"], "--log"),
-        (["--log", ""], "--log"),
-        (["--save", "/no/such/folder/model"], "--save"),
-        (["--save", "/"], "--save"),
-        (["--save", ""], "--save"),
-        (["--save", "x", "--log", "x"], "--save"),
+        (["--log", "/no/such/folder/log"], "/no/such/folder/log"),
+        (["--log", "/"], "'/'"),
+        (["--log", ""], "''"),
         (["--tri", "1"], "--tri"),
     ],
 )
@@ -961,7 +974,7 @@ def bench_child(kind: str, count: int, epochs: int) -> None:
     else:
         start = time.perf_counter()
         for stack in rs.make_stacks(trials, data):
-            for trial, score in zip(stack, rs.train_and_evaluate(stack, data, epochs), strict=True):
+            for trial, score in zip(stack, train(stack, data, epochs), strict=True):
                 trial.score = score
         losses = [1 / trial.score for trial in trials]
     seconds = time.perf_counter() - start
