@@ -56,8 +56,8 @@ class Task(NamedTuple):
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """F's ..._with_logits, but a value's last bits do not depend on its place in the array."""
-    size = logits.abs()
-    return size / 2 + (0.5 - targets) * logits + torch.log1p(torch.exp(-size))
+    magnitude = logits.abs()
+    return magnitude / 2 + (0.5 - targets) * logits + torch.log1p(torch.exp(-magnitude))
 
 
 ARTICLE_X = "3.3 4.4 5.5 6.71 6.93 4.168 9.779 6.182 7.59 2.167 7.042 10.791 5.313 7.997 3.1"
@@ -214,10 +214,10 @@ def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[list[floa
     model = build_stack(stack, data["sizes"], keys)
 
     def batches(x, y, epochs):  # every trial has its own order of rows in every epoch
-        same = torch.arange(len(x), device=x.device).expand(len(stack), -1)
+        in_order = torch.arange(len(x), device=x.device).expand(len(stack), -1)
         for epoch in range(epochs):
-            full = batch_size >= len(x)  # so that the order does not matter
-            order = same if full else random_bits(shuffle, len(x), epoch * len(x)).argsort()
+            full = batch_size >= len(x)  # then the order does not matter
+            order = in_order if full else random_bits(shuffle, len(x), epoch * len(x)).argsort()
             for rows in order.split(batch_size, dim=1):
                 yield x[rows], y[rows]
 

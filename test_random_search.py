@@ -67,7 +67,7 @@ def bits(scores: list[float]) -> list[str]:
 
 def command(*arguments, program=(sys.executable,), **options):
     line = [*program, str(HERE / "random_search.py"), *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    options = {"capture_output": True, "text": True, "timeout": 600} | options
     return subprocess.run(line, check=False, **options)
 
 
@@ -275,6 +275,13 @@ def test_dropout_keeps_its_rate_and_is_independent():
     assert agreement.max() < 0.58 + 6 * math.sqrt(0.25 / flat.shape[1])
 
 
+def test_both_words_of_a_key_act():
+    keys = torch.tensor([[5, 7], [5, 8], [6, 7]], dtype=torch.int32)
+    streams = rs.random_bits(keys, 10_000).unique(return_counts=True)[1]
+    assert streams.sum() == 30_000
+    assert len(streams) > 29_990  # of two streams alike, half would be gone
+
+
 def test_initial_weights_are_those_of_linear_and_differ_between_trials_and_layers():
     data = rs.prepare("xor")
     keys = torch.from_numpy(np.arange(12, dtype=np.int32).reshape(6, 2))
@@ -478,6 +485,7 @@ def test_resume_and_extend_give_the_log_of_one_run(xor_log, tmp_path):
     assert path.read_text().startswith(start)
     assert sorted_log(path) == sorted_log(xor_log[0])
     assert tables(run.stdout) == tables(xor_log[1])
+    assert "40 trials, 25 run now in" in run.stdout
 
 
 def test_a_killed_search_resumes_to_the_same_log(tmp_path):
@@ -597,7 +605,9 @@ def run_on_a_terminal(*arguments, until: str = "") -> tuple[int, str, str]:
     """Run with a terminal for standard error; Ctrl-C as soon as until is seen on it."""
     terminal, end = pty.openpty()
     line = [sys.executable, str(HERE / "random_search.py"), *map(str, arguments)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=end, text=True)
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    options = {"stdout": subprocess.PIPE, "stderr": end, "text": True, "preexec_fn": default}
+    process = subprocess.Popen(line, **options)
     os.close(end)
     err = ""
     with contextlib.suppress(OSError):  # so a terminal ends on Linux
