@@ -66,7 +66,6 @@ TASKS = {
     "xor": Task([[0, 0], [0, 1], [1, 0], [1, 1]], [0, 1, 1, 0], binary_cross_entropy, None),
     "regression": Task(ARTICLE_X.split(), ARTICLE_Y.split(), F.mse_loss, slice(2, None, 3)),
 }
-
 # ---- The machinery: a trial, a stack of trials, the search, the report, the command line -------
 TRAINING = ("lr", "batch_size", "dropout")  # these act in training, the others in build_model
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -161,9 +160,9 @@ class StackedDropout(nn.Module):
         if not self.training:
             return x
         size = x[0].numel()
-        if self.masks.shape[1] < size:  # for several steps at once, to share the cost of the calls
+        if self.masks.shape[1] < size:  # draw those of many steps in one call
             bits = random_bits(self.keys, max(size, 2**17 // len(x)), self.used)
-            # Whole numbers, so this is bits > threshold, but three times as fast.
+            # 1 where bits > threshold, else 0: both are whole. A comparison is three times as slow.
             self.masks = bits.float().sub_(self.threshold).clamp_(0, 1).mul_(self.scale)
         mask, self.masks = self.masks[:, :size], self.masks[:, size:]
         self.used += size
@@ -193,9 +192,9 @@ def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
             check(0 <= trial.hyperparams.get("dropout", 0) < 1, "dropout must be 0 to below 1")
             rest = (v for k, v in trial.hyperparams.items() if k not in TRAINING)
             groups.setdefault((min(batch_size, most_rows), *rest), []).append(trial)
-        for (rows, *_), group in groups.items():
+        for (batch_rows, *_), group in groups.items():
             trial, model = group[0], build_stack(group[:1], data["sizes"], torch.zeros(1, 2).int())
-            floats = sum(w.numel() + 4 * rows * w.shape[-1] for w in model.parameters())
+            floats = sum(w.numel() + 4 * batch_rows * w.shape[-1] for w in model.parameters())
             count = math.ceil(len(group) / max(2, memory // (4 * floats + 16 * most_rows)))
             stacks += [group[start::count] for start in range(count)]
     except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -205,11 +204,11 @@ def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
 
 def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[list[float], nn.Module]:
     """Train trials of one shape; their scores, 1 / loss or NaN if it diverged, and their model."""
-    stack = trials if len(trials) > 1 else trials * 2  # one alone goes to another kernel
+    stack = trials if len(trials) > 1 else trials * 2  # alone: another kernel, other last bits
     seeds = (np.random.SeedSequence(t.seed, spawn_key=(t.number, 1)) for t in stack)
     keys = np.stack([seed.generate_state(2) for seed in seeds]).view(np.int32)
     keys = torch.tensor(keys, device=data["train"][0].device)
-    lr = torch.tensor([trial.hyperparams["lr"] for trial in stack], device=keys.device)
+    lr = torch.tensor([float(t.hyperparams["lr"]) for t in stack], device=keys.device)
     batch_size, shuffle = trials[0].hyperparams["batch_size"], random_bits(keys, 2)
     model = build_stack(stack, data["sizes"], keys)
 
@@ -226,7 +225,7 @@ def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[list[floa
         return losses.view(len(stack), -1).mean(1)
 
     for x, y in batches(*data["train"], epochs):
-        loss_per_trial(x, y).dot(lr).backward()  # and the layers take their steps
+        loss_per_trial(x, y).dot(lr).backward()  # each layer takes its step on the way back
     check(all(w.grad is None for w in model.parameters()), "build_model: a layer does not stack")
     model.eval()
     with torch.no_grad():
@@ -310,10 +309,10 @@ def log_line(trial: Trial, settings: dict) -> str:
 def update_log(file, space: dict, settings: dict, done: dict, trials: list[Trial]) -> None:
     """Add what is new in the log to done, by number; then append those of trials not in it."""
     fcntl.flock(file, fcntl.LOCK_EX)  # other processes write to it
-    seed, start = settings["seed"], json.dumps(settings)[:-1].encode()
+    seed, prefix = settings["seed"], json.dumps(settings | {"trial": 0})[:-2].encode()
     for line in file.read().splitlines(keepends=True):
         where = f"{file.name}, line {len(done) + 1}"
-        if not line.endswith(b"\n") and line.startswith(start[: len(line)]):
+        if not line.endswith(b"\n") and line.startswith(prefix[: len(line)]):
             print(f"{where}: torn, its trial runs again", file=sys.stderr)
             file.seek(file.truncate(file.tell() - len(line)))
             break
@@ -322,12 +321,13 @@ def update_log(file, space: dict, settings: dict, done: dict, trials: list[Trial
             trial = Trial(row["trial"], seed, sample_hyperparams(space, seed, row["trial"]))
             trial.score, trial.logged = math.nan if row["score"] is None else row["score"], True
             expected = log_line(trial, settings)
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             raise ValueError(f"{where}: not a line of such a log") from None
-        check(text == expected and trial.number not in done, f"{where}: twice, or not {expected}")
+        check(text == expected and trial.number not in done, f"{where}: expected once: {expected}")
         done[trial.number] = trial
     new = {trial.number: trial for trial in trials if trial.number not in done}
-    file.write("".join(log_line(trial, settings) for trial in new.values()).encode())
+    lines = "".join(log_line(trial, settings) for trial in new.values()).encode()
+    check(file.write(lines) == len(lines), f"{file.name}: not written whole; is the disk full?")
     os.fsync(file)
     done |= new
     fcntl.flock(file, fcntl.LOCK_UN)
