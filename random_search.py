@@ -214,8 +214,8 @@ def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[list[floa
 
     def batches(x, y, epochs):  # every trial has its own order of rows in every epoch
         in_order = torch.arange(len(x), device=x.device).expand(len(stack), -1)
+        full = batch_size >= len(x)  # then the order does not matter
         for epoch in range(epochs):
-            full = batch_size >= len(x)  # then the order does not matter
             order = in_order if full else random_bits(shuffle, len(x), epoch * len(x)).argsort()
             for rows in order.split(batch_size, dim=1):
                 yield x[rows], y[rows]
