@@ -1,22 +1,29 @@
-"""Random search over hyperparameters in PyTorch, in one file: its trials train side by side.
+"""Random search over hyperparameters in PyTorch, in one file: the trials train side by side.
 
-    python random_search.py --task regression --trials 1000 --log trials.jsonl
-    torchrun --standalone --nproc-per-node=2 -- random_search.py --trials 10000
+    python random_search.py --task regression --trials 1000 --log trials.db --save best.pt
+    torchrun --standalone --nproc-per-node=2 -- random_search.py --trials 10000 --log trials.db
 
-Trials of one shape are one stacked net. All that is random about a trial is a function of (seed,
-number): on the CPU its score is the same bit for bit alone, in any stack, on N processes.
+You write a model, a loss and an update for one trial, in ordinary PyTorch; torch.func trains a
+stack of trials at once. All that is random about a trial is a function of (seed, number): on an
+x86-64 CPU its score is the same bit for bit alone, in any stack, on N processes, resumed or not.
+
+Left out on purpose: other samplers, pruning, schedules, data that does not fit in memory.
 """
 
 import argparse
-import fcntl
+import hashlib
+import inspect
 import json
 import math
 import os
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 # Without it MKL picks kernels by memory alignment, and last bits would depend on the stack.
@@ -25,11 +32,22 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-# A value is a sequence (each element equally likely) or a function of a numpy.random.Generator.
+# Once a net has learnt its rows, gradients underflow: subnormal numbers are 3 to 15 times slower.
+torch.set_flush_denormal(True)
+# glibc gives freed memory back, and each step faults it in anew, unless a large block was freed.
+torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+# ==== 1. Edit here: the space, the model, the update, the tasks ==================================
+
+# A value is a list (each element equally likely) or a function of a numpy.random.Generator.
+# batch_size is the training loop's; the other keys are arguments of update or of build_model.
+# Trials that share build_model's keys train side by side, so let these have few values; only a
+# key with "dropout" in its name may have many: it must be nothing but the rate of an nn.Dropout.
 HYPERPARAMS = {
-    "lr": np.linspace(0.001, 0.1, 100),
+    "lr": np.linspace(0.001, 0.1, 100),  # or: lambda generator: 10 ** generator.uniform(-4, -1)
     "batch_size": [16, 32, 64, 128],
     "hidden_size": [32, 64, 128, 256],
     "num_layers": [1, 2, 3, 4],
@@ -37,363 +55,576 @@ HYPERPARAMS = {
 }
 
 
-def build_model(Linear, Dropout, inputs, outputs, hidden_size, num_layers) -> nn.Module:
-    """An ordinary model, but of the Linear and Dropout it is given; a Dropout has its rate."""
+def build_model(inputs, outputs, hidden_size, num_layers, dropout) -> nn.Module:
     layers = []
     for _ in range(num_layers):
-        layers += [Linear(inputs, hidden_size), nn.ReLU(), Dropout()]
+        layers += [nn.Linear(inputs, hidden_size), nn.ReLU(), nn.Dropout(dropout)]
         inputs = hidden_size
-    return nn.Sequential(*layers, Linear(inputs, outputs))
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def update(parameter: Tensor, gradient: Tensor, state: dict, lr: Tensor) -> None:
+    """Plain SGD, in place; state, empty at first, is yours to fill.
+
+    The last dimension of each is the trials, so elementwise arithmetic reads as for one trial.
+    """
+    parameter.addcmul_(gradient, lr, value=-1)  # parameter -= lr * gradient, in one pass
 
 
 class Task(NamedTuple):
-    x: Sequence  # [rows, features], or [rows] for one feature; standardised by the training rows
-    y: Sequence  # [rows, outputs], or [rows] for one output; with classes [rows], labels from 0
-    loss: Callable  # of torch.nn.functional
-    held_out: slice | Sequence[int] | None = slice(4, None, 5)  # rows to score; None: all do both
-    classes: int = 0
-
-
-def binary_cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """F's ..._with_logits, but a value's last bits do not depend on its place in the array."""
-    magnitude = logits.abs()
-    return magnitude / 2 + (0.5 - targets) * logits + torch.log1p(torch.exp(-magnitude))
+    x: Sequence  # [rows, ...]; flat rows of floats are standardised by the training rows
+    y: Sequence  # floats, [rows] or [rows, outputs], standardised likewise; else class labels
+    loss: Callable  # of one trial's (outputs, targets), as F.mse_loss is; never below 0
+    held_out: float | slice | Sequence | None = 0.2  # rows to score, or a share; None: all do both
 
 
 ARTICLE_X = "3.3 4.4 5.5 6.71 6.93 4.168 9.779 6.182 7.59 2.167 7.042 10.791 5.313 7.997 3.1"
 ARTICLE_Y = "1.7 2.76 2.09 3.19 1.694 1.573 3.366 2.596 2.53 1.221 2.827 3.465 1.65 2.904 1.3"
+ARTICLE = np.array([ARTICLE_X.split(), ARTICLE_Y.split()], float)
 TASKS = {
-    "xor": Task([[0, 0], [0, 1], [1, 0], [1, 1]], [0, 1, 1, 0], binary_cross_entropy, None),
-    "regression": Task(ARTICLE_X.split(), ARTICLE_Y.split(), F.mse_loss, slice(2, None, 3)),
+    "xor": Task([[0.0, 0], [0, 1], [1, 0], [1, 1]], [0, 1, 1, 0], F.cross_entropy, held_out=None),
+    "regression": Task(ARTICLE[0], ARTICLE[1], F.mse_loss, held_out=slice(2, None, 3)),
 }
-# ---- The machinery: a trial, a stack of trials, the search, the report, the command line -------
-TRAINING = ("lr", "batch_size", "dropout")  # these act in training, the others in build_model
-RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+# ==== 2. The search and its log ==================================================================
+
+
+class InputError(ValueError):
+    """Bad rows, a bad space, a bad log: on the command line it is one line."""
+
+
+def check(holds: object, message: str) -> None:
+    if not holds:
+        raise InputError(message)
 
 
 @dataclass
 class Trial:
     number: int
-    seed: int  # of the search; with the number it decides all that is random about the trial
+    seed: int  # of the search; with number and repeat it decides all that is random in the trial
     hyperparams: dict
+    repeat: int = 0  # 0: the trial itself; 1, 2, ...: a repeat of it in the finals
     score: float = math.nan  # higher is better; NaN: diverged
-    logged: bool = False  # read from a log, not run now
+    seconds: float | None = None  # None: has not run
+    repeats: list[float] = field(default_factory=list)  # the scores of its repeats
 
 
-def check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def sample_hyperparams(space: dict, seed: int, trial: int) -> dict:
-    """The hyperparameters of the trial of this number, plain Python values."""
-    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(trial, 0)))
+def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
+    """The hyperparameters of the trial of this number, as plain Python values."""
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 0)))
     sample = {}
     for name, values in space.items():
-        many = callable(values) or (hasattr(values, "__len__") and len(values) > 0)
-        check(many, f"HYPERPARAMS: {name} must be a function or have values, not {values!r}")
-        value = values(generator) if callable(values) else values[generator.integers(len(values))]
-        sample[name] = value.item() if isinstance(value, np.generic | Tensor) else value
+        if callable(values):
+            value = values(generator)
+        else:
+            listed = isinstance(values, list | tuple | range | np.ndarray | Tensor) and len(values)
+            check(listed, f"space: {name} must be a list of values or a function")
+            value = values[generator.integers(len(values))]
+        value = value.item() if isinstance(value, np.generic | Tensor) else value
+        sample[name] = float(f"{value:.15g}") if isinstance(value, float) else value  # no 0.1 + 0.2
     return sample
 
 
+def random_search(
+    train_and_evaluate: Callable[[list[Trial]], Iterable[tuple[Trial, float]]],
+    space: dict,
+    trials: int | Iterable[int],
+    seed: int = 0,
+    log: str | None = None,
+    repeats: int = 0,
+    **settings,
+) -> list[Trial]:
+    """Score trials 0 to trials - 1, or those of the numbers trials; return them, the best first.
+
+    train_and_evaluate is handed the trials to run and yields (trial, score) as they finish; higher
+    is better. Those that the file log has of this search do not run again. The five best then run
+    again repeats times, with other random numbers. settings are what else decides the scores.
+    """
+    numbers = range(trials) if isinstance(trials, int | np.integer) else map(int, trials)
+    seed = int(seed)
+    trials = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers]
+    check(trials, "there are no trials to run")
+    database, search = open_log(log, settings | {"seed": seed, "space": space})
+    launched = distributed.is_torchelastic_launched()  # by torchrun
+    rank = int(os.environ["RANK"]) if launched else 0
+    processes = int(os.environ["WORLD_SIZE"]) if launched else 1
+    check(log or processes == 1, "several processes need a log, to share the trials by")
+
+    def run(wanted: list[Trial]) -> None:
+        """Train what the log has not: of it this process's share, then whatever is left."""
+        while missing := read_scores(database, search, wanted):
+            for trial, score in train_and_evaluate(missing[rank::processes] or missing):
+                row = [search, trial.number, trial.repeat, score if math.isfinite(score) else None]
+                row += [json.dumps(trial.hyperparams, default=repr), trial.seconds or 0.0]
+                database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
+                if rank == 0 and sys.stderr.isatty():
+                    print(f"trial {trial.number}: score {score:.4g}", end="\r", file=sys.stderr)
+
+    try:
+        run(trials)
+        best = ranked(trials)[:5]
+        again = [Trial(t.number, seed, t.hyperparams, 1 + n) for t in best for n in range(repeats)]
+        run(again)
+    except BaseException as error:
+        read_scores(database, search, trials)
+        error.finished = ranked(trials)  # for a report of what an interrupt leaves
+        raise
+    for trial in best:
+        trial.repeats = [other.score for other in again if other.number == trial.number]
+    database.close()
+    return ranked(trials)
+
+
+def read_scores(database: sqlite3.Connection, search: str, trials: list[Trial]) -> list[Trial]:
+    """Set the scores of those of trials that the log has; return the others."""
+    query = "SELECT number, repeat, score, seconds FROM trials WHERE search = ?"
+    done = {row[:2]: row[2:] for row in database.execute(query, [search])}
+    for trial in trials:
+        score, trial.seconds = done.get((trial.number, trial.repeat), (None, None))
+        trial.score = math.nan if score is None else score
+    return [trial for trial in trials if trial.seconds is None]
+
+
+def ranked(trials: list[Trial]) -> list[Trial]:
+    """Those that have run, the best first; of equal ones the lowest number; diverged ones last."""
+    finished = [trial for trial in trials if trial.seconds is not None]
+    return sorted(finished, key=lambda t: (math.isnan(t.score), -t.score, t.number))
+
+
+def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]:
+    """The database at path, or in memory, and the key in it of the search of these settings."""
+    check(path is None or path, "the log must have a name")
+    database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+    tables = {table for (table,) in database.execute("SELECT tbl_name FROM sqlite_master")}
+    check(tables <= {"searches", "trials"}, "the log is a database of something else")
+    database.execute("PRAGMA journal_mode = WAL")  # writing a trial takes 15 us, survives a kill
+    database.execute("CREATE TABLE IF NOT EXISTS searches (search PRIMARY KEY, settings)")
+    columns = "search, number, repeat, score, hyperparams, seconds"
+    unique = "UNIQUE (search, number, repeat)"
+    database.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}, {unique})")
+    text = json.dumps(settings, default=describe)
+    search = hashlib.sha256(text.encode()).hexdigest()[:16]
+    others = dict(database.execute("SELECT search, settings FROM searches"))
+    database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [search, text])
+    changes = []
+    for other in map(json.loads, others.values()):
+        here = json.loads(text)
+        changed = [name for name in here | other if here.get(name) != other.get(name)]
+        changes += [changed] if "task" not in changed else []
+    if changes and search not in others:
+        changed = ", ".join(min(changes, key=len))
+        print(f"{path}: a new search, since this was edited: {changed}", file=sys.stderr)
+    return database, search
+
+
+def describe(value: object) -> object:
+    """For json: arrays as lists, functions and classes as their source."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return value.tolist()
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # neither, or typed in
+        return repr(value)
+
+
+# ==== 3. Training side by side ===================================================================
+
+
+class Data(NamedTuple):
+    loss: Callable
+    train: tuple[Tensor, Tensor]  # x and y, standardised
+    scored: tuple[Tensor, Tensor]  # x standardised, y not
+    sizes: tuple[int, int]  # inputs and outputs of a model
+    scales: list[Tensor]  # mean and spread of x, mean and spread of y
+
+
+class Stack(NamedTuple):
+    trials: list[Trial]  # two at least
+    model: nn.Module  # of the first trial, for its structure
+    state: dict[str, Tensor]  # the parameters and buffers of all, [trials, ...]
+    hyperparams: dict[str, Tensor]  # of update, [trials]
+
+
+def search(
+    task: str, trials: int = 200, epochs: int = 500, seed: int = 0, device: str = "cpu", **options
+) -> list[Trial]:
+    """random_search of a task of TASKS over HYPERPARAMS; options are log and repeats."""
+    data = prepare(task, device)
+    trial = Trial(0, seed, sample_hyperparams(HYPERPARAMS, seed, 0))
+    for_model, for_update = split_hyperparams(trial.hyperparams)
+    try:
+        inspect.signature(update).bind(0, 0, 0, **for_update)
+        inspect.signature(build_model).bind(0, 0, **for_model)
+    except TypeError as error:
+        raise InputError(f"HYPERPARAMS: {error}") from None
+    rows = b"".join(part.cpu().numpy().tobytes() for part in data.train + data.scored)
+    settings = {"task": task, "rows": hashlib.sha256(rows).hexdigest(), "epochs": epochs}
+    settings |= {"device": data.train[0].device.type, "torch": torch.__version__}
+    settings |= {"build_model": build_model, "update": update, "loss": data.loss}
+    layers = {type(module): None for module in make_model(trial, data).modules()}
+    settings |= {layer.__name__: layer for layer in layers}
+    train = partial(train_and_evaluate, data=data, epochs=epochs)
+    return random_search(train, HYPERPARAMS, trials, seed, **settings, **options)
+
+
+def train_and_evaluate(
+    trials: list[Trial], data: Data, epochs: int, models: list | None = None
+) -> Iterator[tuple[Trial, float]]:
+    """Train trials side by side; yield each with its score, 1 / loss, when its stack is done.
+
+    models, if given, grows by the trained models, ordinary modules for raw rows.
+    """
+    for group in make_stacks(trials, data):
+        started = time.perf_counter()
+        stack = stack_models(group, data)
+        memory = {name: {} for name, value in stack.state.items() if value.requires_grad}
+        for x, y in batches(stack.trials, data, epochs):
+            losses = stacked_loss(data.loss, forward(stack, x), y)
+            losses.sum().backward()
+            with torch.no_grad():
+                for name in memory:
+                    parameter = stack.state[name]
+                    gradient = parameter.grad.movedim(0, -1)
+                    update(parameter.movedim(0, -1), gradient, memory[name], **stack.hyperparams)
+                    parameter.grad = None
+        losses = evaluate(stack, data)
+        for index, trial in enumerate(group):
+            check(not losses[index] < 0, f"trial {trial.number}: a loss below 0 gives no score")
+            if models is not None:
+                models.append(take_model(stack, index, data))
+            trial.seconds = (time.perf_counter() - started) / len(group)
+            yield trial, 1 / max(losses[index], 1e-12)
+
+
+def prepare(name: str, device: str = "cpu") -> Data:
+    """The rows of a task, checked, split, standardised and on the device."""
+    task = TASKS[name]
+    x, y = (np.asarray(r.detach().cpu() if isinstance(r, Tensor) else r) for r in task[:2])
+    check(len(x) == len(y) > 0, f"task {name}: x has {len(x)} rows, y has {len(y)}")
+    labels = ()
+    if y.dtype.kind != "f":  # class labels of any kind
+        labels, codes = np.unique(y, return_inverse=True)
+        y = codes.reshape(len(y), *y.shape[2 if y.shape[1:] == (1,) else 1 :])
+    for values in (x, y):
+        fit = values.dtype.kind in "biuf" and np.abs(values).max() < 3e38  # of float32; NaN is not
+        check(fit, f"task {name}: x and y must be finite numbers")
+    rows, scored = np.arange(len(x)), task.held_out
+    if isinstance(scored, float):  # drawn, since rows often come in some order
+        scored = np.random.default_rng(0).permutation(rows)[: max(1, round(scored * len(rows)))]
+    train = rows if scored is None else np.delete(rows, scored)
+    scored = rows if scored is None else rows[scored]
+    check(len(train) and len(scored), f"task {name}: held_out is empty, or all rows are in it")
+    if len(labels) and not np.isin(y[scored], y[train]).all():
+        print(f"task {name}: some classes are only in the rows to score", file=sys.stderr)
+    try:
+        x, y = torch.tensor(x, device=device), torch.tensor(y, device=device)
+        x[0].tolist()
+    except (RuntimeError, AssertionError, ImportError):
+        raise InputError(f"device {device} is not to be had here") from None
+    x = x[:, None] if x.ndim == 1 else x
+    y = y[:, None] if y.ndim == 1 and not len(labels) else y
+    sizes = (x.shape[1], len(labels) or y.shape[1])
+    scales = [*scale(x[train]), *scale(y[train])]
+    x, standard = standardise(x, *scales[:2]), standardise(y, *scales[2:])
+    y = y.to(standard.dtype)
+    return Data(task.loss, (x[train], standard[train]), (x[scored], y[scored]), sizes, scales)
+
+
+def scale(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of columns of floats; 0 and 1 where there is nothing to standardise."""
+    spread, mean = torch.std_mean(values.double(), 0, correction=0)
+    varies = spread > len(values) * 2.2e-16 * values.abs().amax(0)  # by more than rounding
+    varies &= values.is_floating_point() and values.ndim == 2
+    varies &= ((values != 0) & (values != 1)).any()
+    return mean * varies, torch.where(varies, spread, 1)
+
+
+def standardise(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    if not values.is_floating_point():
+        return values
+    return ((values - mean) / spread).to(torch.get_default_dtype())  # in float64, see scale
+
+
 def random_bits(keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """Random int32 [trials, count] of int32 keys [trials, 2] and the counters from first on.
+    """Random int32 [..., count] of int32 keys [..., 2] and the counters from first on.
 
     A hash (lowbias32 by C. Wellons, with a key before and within) is the same on every device.
     """
     counters = torch.arange(first, first + count, device=keys.device)
-    bits = keys[:, :1] + (counters * 0x9E3779B9).int()
-    bits ^= (bits >> 16).bitwise_and_(0xFFFF)  # as if the shift brought in zeros
-    bits *= 0x7FEB352D
-    bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
-    bits += keys[:, 1:]
-    bits *= 0x846CA68B - 2**32
-    bits ^= (bits >> 16).bitwise_and_(0xFFFF)
-    return bits
-
-
-class LinearStep(torch.autograd.Function):
-    """A linear layer for each trial that takes its SGD step on the way back.
-
-    A loss comes scaled by its trial's lr, so the gradient is the step, and is never stored: it is
-    the moving of weights through memory that costs most in nets of this size.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
-        grad_x = grad.bmm(weight) if ctx.needs_input_grad[0] else None  # before the step
-        weight.baddbmm_(grad.mT, x, alpha=-1)
-        bias.sub_(grad.sum(1))
-        return grad_x, None, None
-
-
-class StackedLinear(nn.Module):
-    """nn.Linear for x [trials, rows, inputs], with its initial distribution."""
-
-    def __init__(self, keys: Tensor, inputs: int, outputs: int):
-        super().__init__()
-        values = (random_bits(keys, (1 + inputs) * outputs) >> 8) * (2**-23 / math.sqrt(inputs))
-        self.bias = nn.Parameter(values[:, :outputs].contiguous())
-        # A weight with gaps would take another kernel, one trial after another.
-        self.weight = nn.Parameter(values[:, outputs:].reshape(-1, outputs, inputs).contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return LinearStep.apply(x, self.weight, self.bias)
+    bits = keys[..., :1] + (counters * 0x9E3779B9).int()
+    bits = bits ^ (bits >> 16) & 0xFFFF  # as if the shift brought in zeros
+    bits = bits * 0x7FEB352D
+    bits = bits ^ (bits >> 15) & 0x1FFFF
+    bits = (bits + keys[..., 1:]) * (0x846CA68B - 2**32)
+    return bits ^ (bits >> 16) & 0xFFFF
 
 
 class StackedDropout(nn.Module):
-    """nn.Dropout for x [trials, rows, features], with a rate for each trial, [trials, 1]."""
+    """nn.Dropout of a stack of trials, with a key, [trials, 2], and a rate, [trials, 1], for each.
+
+    Within vmap both are those of one trial, without the first dimension.
+    """
 
     def __init__(self, keys: Tensor, rates: Tensor):
         super().__init__()
-        self.keys, self.used, self.masks = keys, 0, keys[:, :0]
-        self.threshold, self.scale = rates * 2**32 - 2**31, 1 / (1 - rates)
+        self.register_buffer("keys", keys)
+        self.register_buffer("rates", rates)
+        self.used = 0
+        self.ahead = rates[:, :0]  # masks of the next steps
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        size = x[0].numel()
-        if self.masks.shape[1] < size:  # draw those of many steps in one call
-            bits = random_bits(self.keys, max(size, 2**17 // len(x)), self.used)
-            # 1 where bits > threshold, else 0: both are whole. A comparison is three times as slow.
-            self.masks = bits.float().sub_(self.threshold).clamp_(0, 1).mul_(self.scale)
-        mask, self.masks = self.masks[:, :size], self.masks[:, size:]
-        self.used += size
-        return x * mask.view_as(x)
+        count = x.numel() // self.rates.numel()
+        masks = self.ahead
+        if masks.shape[1] < count:
+            # Those of many steps in one call, but not within vmap, which takes them away again.
+            steps = max(1, 2**17 // x.numel()) if self.keys.ndim == 2 else 1
+            bits = random_bits(self.keys, steps * count, self.used).float()
+            # 1 or 0, since bits are whole numbers; a comparison takes three times as long
+            masks = (bits - (self.rates * 2**32 - 2**31)).clamp(0, 1) / (1 - self.rates)
+        self.used += count
+        if self.keys.ndim == 2:
+            self.ahead = masks[:, count:]
+        return x * masks[..., :count].view(x.shape)
 
 
-def build_stack(trials: list[Trial], sizes: dict, keys: Tensor) -> nn.Module:
-    """One model for trials of one shape; keys, [trials, 2], decide all that is random in it."""
-    rates = torch.tensor([[t.hyperparams.get("dropout", 0.0)] for t in trials], device=keys.device)
-    layer_keys = (random_bits(keys, 2, 2 * layer) for layer in range(1, 10**9))
-    linear = lambda inputs, outputs: StackedLinear(next(layer_keys), inputs, outputs)
-    dropout = lambda: StackedDropout(next(layer_keys), rates)
-    rest = {k: v for k, v in trials[0].hyperparams.items() if k not in TRAINING}
-    return build_model(linear, dropout, **sizes, **rest)
+def split_hyperparams(hyperparams: dict) -> tuple[dict, dict]:
+    """Those that are arguments of build_model, and those of update; batch_size is neither's."""
+    names = list(inspect.signature(update).parameters)[3:]
+    others = {name: value for name, value in hyperparams.items() if name not in names}
+    others.pop("batch_size", None)
+    return others, {name: hyperparams[name] for name in names if name in hyperparams}
 
 
-def make_stacks(trials: list[Trial], data: dict) -> list[list[Trial]]:
-    """Group the trials that can train together, as many in a stack as memory allows."""
-    groups, stacks = {}, []
-    most_rows = max(len(data[part][0]) for part in ("train", "scored"))  # more are a full batch
-    memory = 2**24 if data["train"][0].is_cpu else 2**30  # a CPU's caches should hold a stack
-    try:
-        for trial in trials:
-            lr, batch_size = trial.hyperparams["lr"], trial.hyperparams["batch_size"]
-            good = 0 < lr < math.inf and isinstance(batch_size, int) and batch_size > 0
-            check(good, "lr and batch_size must be above 0, batch_size whole")
-            check(0 <= trial.hyperparams.get("dropout", 0) < 1, "dropout must be 0 to below 1")
-            rest = (v for k, v in trial.hyperparams.items() if k not in TRAINING)
-            groups.setdefault((min(batch_size, most_rows), *rest), []).append(trial)
-        for (batch_rows, *_), group in groups.items():
-            trial, model = group[0], build_stack(group[:1], data["sizes"], torch.zeros(1, 2).int())
-            floats = sum(w.numel() + 4 * batch_rows * w.shape[-1] for w in model.parameters())
-            count = math.ceil(len(group) / max(2, memory // (4 * floats + 16 * most_rows)))
-            stacks += [group[start::count] for start in range(count)]
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"HYPERPARAMS {trial.hyperparams}: {error}") from None
+def trial_keys(trial: Trial) -> Tensor:
+    """Random int32 [64, 2]: of the initial weights, the order of rows, and each dropout."""
+    words = np.random.SeedSequence(trial.seed, spawn_key=(trial.number, 1, trial.repeat))
+    return torch.from_numpy(words.generate_state(128).view(np.int32)).view(64, 2)
+
+
+def make_model(trial: Trial, data: Data) -> nn.Module:
+    """The model of a trial before training, in ordinary PyTorch."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed of the CPU alone: of all devices it takes 90 us
+        torch.default_generator.manual_seed(int(trial_keys(trial)[0, 0]))
+        model = build_model(*data.sizes, **split_hyperparams(trial.hyperparams)[0])
+    return model.to(data.train[0].device)
+
+
+def make_stacks(trials: list[Trial], data: Data) -> list[list[Trial]]:
+    """Group the trials whose models differ in nothing but weights and rates of dropout."""
+    groups = {}
+    for trial in trials:
+        arguments, _ = split_hyperparams(trial.hyperparams)
+        shape = {name: value for name, value in arguments.items() if "dropout" not in name}
+        batch_size = min(trial.hyperparams["batch_size"], len(data.train[0]))
+        groups.setdefault(repr((batch_size, shape)), []).append(trial)
+    stacks = []
+    for group in groups.values():
+        most = max(2, (2**22 if data.train[0].is_cpu else 2**28) // try_model(group[0], data))
+        count = math.ceil(len(group) / most)
+        stacks += [group[start::count] for start in range(count)]
     return stacks
 
 
-def train_stack(trials: list[Trial], data: dict, epochs: int) -> tuple[list[float], nn.Module]:
-    """Train trials of one shape; their scores, 1 / loss or NaN if it diverged, and their model."""
-    stack = trials if len(trials) > 1 else trials * 2  # alone: another kernel, other last bits
-    seeds = (np.random.SeedSequence(t.seed, spawn_key=(t.number, 1)) for t in stack)
-    keys = np.stack([seed.generate_state(2) for seed in seeds]).view(np.int32)
-    keys = torch.tensor(keys, device=data["train"][0].device)
-    lr = torch.tensor([float(t.hyperparams["lr"]) for t in stack], device=keys.device)
-    batch_size, shuffle = trials[0].hyperparams["batch_size"], random_bits(keys, 2)
-    model = build_stack(stack, data["sizes"], keys)
+def try_model(trial: Trial, data: Data) -> int:
+    """Run a trial's model in plain PyTorch, where errors of its own show best; return its size.
 
-    def batches(x, y, epochs):  # every trial has its own order of rows in every epoch
-        in_order = torch.arange(len(x), device=x.device).expand(len(stack), -1)
-        full = batch_size >= len(x)  # then the order does not matter
-        for epoch in range(epochs):
-            order = in_order if full else random_bits(shuffle, len(x), epoch * len(x)).argsort()
-            for rows in order.split(batch_size, dim=1):
-                yield x[rows], y[rows]
-
-    def loss_per_trial(x, y):
-        losses = data["loss"](model(x).flatten(0, 1), y.flatten(0, 1), reduction="none")
-        return losses.view(len(stack), -1).mean(1)
-
-    for x, y in batches(*data["train"], epochs):
-        loss_per_trial(x, y).dot(lr).backward()  # each layer takes its step on the way back
-    check(all(w.grad is None for w in model.parameters()), "build_model: a layer does not stack")
-    model.eval()
-    with torch.no_grad():
-        losses = sum(loss_per_trial(x, y) * x.shape[1] for x, y in batches(*data["scored"], 1))
-    losses = (losses / len(data["scored"][0]))[: len(trials)].tolist()
-    return [1 / max(loss, 1e-12) if math.isfinite(loss) else math.nan for loss in losses], model
-
-
-def prepare(name: str, device: torch.device | str = "cpu") -> dict:
-    """A task's rows on a device, x standardised: "train" and "scored", each (x, y)."""
-    task = TASKS[name]
-    try:
-        x, y = np.asarray(task.x, float), np.asarray(task.y, np.float32)
-        check(len(x) == len(y) > 0, f"x has {len(x)} rows, y has {len(y)}")
-        check(np.isfinite(x).all() and np.isfinite(y).all(), "there is NaN or infinity in x or y")
-        classes = task.classes or 2 * (task.loss is binary_cross_entropy)
-        check(not classes or np.isin(y, range(classes)).all(), f"y must be 0 to {classes - 1}")
-        check(classes or task.loss is not F.cross_entropy, "cross_entropy needs classes")
-        rows, all_rows = np.arange(len(x)), task.held_out is None
-        train = rows if all_rows else np.delete(rows, task.held_out)
-        scored = rows if all_rows else np.delete(rows, train)
-        check(len(train) and len(scored), "held_out is empty, or all rows are in it")
-    except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"task {name!r}: x, y or held_out: {error}") from None
-    x, y = x.reshape(len(x), -1), y.astype(int) if task.classes else y.reshape(len(y), -1)
-    mean, spread = x[train].mean(0), np.where(np.ptp(x[train], 0) > 0, x[train].std(0), 1)
-    x, y = torch.tensor((x - mean) / spread).float().to(device), torch.tensor(y).to(device)
-    sizes = {"inputs": x.shape[1], "outputs": task.classes or y.shape[1]}
-    data = {"loss": task.loss, "sizes": sizes, "mean": mean, "spread": spread}
-    return data | {"train": (x[train], y[train]), "scored": (x[scored], y[scored])}
-
-
-def random_search(
-    train_and_evaluate: Callable[[list[Trial]], Sequence[float]],
-    space: dict,
-    trials: int | Sequence[int],
-    seed: int = 0,
-    make_stacks: Callable = lambda trials: [[trial] for trial in trials],
-    log: str | None = None,
-    settings: dict | None = None,
-) -> list[Trial]:
-    """Score trials 0 to trials - 1, or those of the numbers trials; return them, the best first.
-
-    train_and_evaluate returns a score for each of a list of trials (of one, unless make_stacks
-    groups them). Those in the file log, of these settings, seed and space, do not run again.
+    The size counts floats: weights, and what the modules return; each is needed twice in training.
     """
-    numbers = (range(trials) if isinstance(trials, int) else trials)[RANK::WORLD_SIZE]
-    settings, done = (settings or {}) | {"seed": seed}, {}
-    with open(os.devnull if log is None else log, "a+b", buffering=0) as file:
-        file.seek(0)
-        if log is not None:
-            update_log(file, space, settings, done, [])
-        finished = [done[n] for n in numbers if n in done]
-        new = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers if n not in done]
-        try:
-            for stack in make_stacks(new):
-                for trial, score in zip(stack, train_and_evaluate(stack), strict=True):
-                    trial.score = float(score) if math.isfinite(score) else math.nan
-                if log is not None:
-                    update_log(file, space, settings, done, stack)
-                finished += stack
-                if sys.stderr.isatty() and RANK == 0:
-                    print(f"{len(finished)} of {len(numbers)} trials", end="\r", file=sys.stderr)
-            if WORLD_SIZE > 1:  # gloo's own time limit is 30 minutes; ranks may differ by more
-                distributed.init_process_group("gloo", timeout=timedelta(days=1000))
-                parts = [[]] * WORLD_SIZE
-                distributed.all_gather_object(parts, finished)
-                distributed.destroy_process_group()
-                finished = [trial for part in parts for trial in part]
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-    return sorted(finished, key=lambda t: (math.isnan(t.score), -t.score, t.number))
+    model = make_model(trial, data)
+    x, y = (part[0] for part in next(batches([trial], data, 1)))
+    size = [2 * parameter.numel() for parameter in model.parameters()]
+
+    def count(module: nn.Module, inputs: tuple, outputs: Tensor) -> None:
+        size.append(2 * outputs.numel() if isinstance(outputs, Tensor) else 0)
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    with torch.random.fork_rng(devices=[]):
+        outputs = model(x)
+    shape = (len(y), data.sizes[1], *y.shape[2 if y.is_floating_point() else 1 :])
+    found = f"outputs have shape {tuple(outputs.shape)}, targets {tuple(y.shape)}"
+    check(outputs.shape == shape, f"{found}; the outputs should have {shape}")
+    (gradient,) = torch.autograd.grad(data.loss(outputs, y), outputs)
+    check(gradient.any(), f"the loss does not depend on the outputs: {found}")
+    return sum(size)
 
 
-def log_line(trial: Trial, settings: dict) -> str:
-    score = None if math.isnan(trial.score) else trial.score
-    row = settings | {"trial": trial.number} | trial.hyperparams | {"score": score}
-    return json.dumps(row, allow_nan=False) + "\n"
+def stack_models(trials: list[Trial], data: Data) -> Stack:
+    """Stack the parameters and buffers of the models of trials, and their dropouts."""
+    if len(trials) == 1:
+        trials = trials * 2  # one would go to other kernels, with other last bits
+    device = data.train[0].device
+    models = [make_model(trial, data) for trial in trials]
+    parameters, state = stack_module_state(models)
+    for name, value in parameters.items():
+        # In memory [trials, in, out], as its gradient will be: else autograd copies each gradient
+        stacked = value.detach().mT.contiguous().mT if value.ndim == 3 else value.detach()
+        state[name] = stacked.requires_grad_(value.requires_grad)
+    dropouts = [name for name, module in models[0].named_modules() if type(module) is nn.Dropout]
+    keys = torch.stack([trial_keys(trial) for trial in trials]).to(device)
+    for place, name in enumerate(dropouts, start=2):
+        rates = torch.tensor([[model.get_submodule(name).p] for model in models], device=device)
+        dropout = StackedDropout(keys[:, place], rates)
+        models[0].set_submodule(name, dropout)
+        state |= {f"{name}.keys": dropout.keys, f"{name}.rates": dropout.rates}
+    hyperparams = {}
+    for name in split_hyperparams(trials[0].hyperparams)[1]:
+        values = [float(trial.hyperparams[name]) for trial in trials]
+        hyperparams[name] = torch.tensor(values, device=device)
+    return Stack(trials, models[0], state, hyperparams)
 
 
-def update_log(file, space: dict, settings: dict, done: dict, trials: list[Trial]) -> None:
-    """Add what is new in the log to done, by number; then append those of trials not in it."""
-    fcntl.flock(file, fcntl.LOCK_EX)  # other processes write to it
-    seed, prefix = settings["seed"], json.dumps(settings | {"trial": 0})[:-2].encode()
-    for line in file.read().splitlines(keepends=True):
-        where = f"{file.name}, line {len(done) + 1}"
-        if not line.endswith(b"\n") and line.startswith(prefix[: len(line)]):
-            print(f"{where}: torn, its trial runs again", file=sys.stderr)
-            file.seek(file.truncate(file.tell() - len(line)))
-            break
-        try:
-            row, text = json.loads(line), line.decode()
-            trial = Trial(row["trial"], seed, sample_hyperparams(space, seed, row["trial"]))
-            trial.score, trial.logged = math.nan if row["score"] is None else row["score"], True
-            expected = log_line(trial, settings)
-        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-            raise ValueError(f"{where}: not a line of such a log") from None
-        check(text == expected and trial.number not in done, f"{where}: expected once: {expected}")
-        done[trial.number] = trial
-    new = {trial.number: trial for trial in trials if trial.number not in done}
-    lines = "".join(log_line(trial, settings) for trial in new.values()).encode()
-    check(file.write(lines) == len(lines), f"{file.name}: not written whole; is the disk full?")
-    os.fsync(file)
-    done |= new
-    fcntl.flock(file, fcntl.LOCK_UN)
+def batches(trials: list[Trial], data: Data, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y [trials, batch, ...] of each step; every trial has its own order in every epoch."""
+    x, y = data.train
+    rows, batch_size = len(x), trials[0].hyperparams["batch_size"]
+    # A last batch of one row, too few for BatchNorm, joins the one before.
+    cuts = list(range(batch_size, rows - (batch_size > 1), batch_size))
+    keys = torch.stack([trial_keys(trial)[1] for trial in trials]).to(x.device)
+    order = torch.arange(rows, device=x.device).expand(len(trials), -1)
+    for epoch in range(epochs):
+        if cuts:  # the order of a full batch does not matter
+            order = random_bits(keys, rows, epoch * rows).argsort(stable=True)
+        for batch in order.tensor_split(cuts, dim=1):
+            yield x[batch], y[batch]
 
 
-def report(trials: list[Trial], losses: bool = False) -> None:
-    """Print the five best trials, with losses also 1 / score, and how many diverged."""
-    rows = [["trial", "score", *["loss"] * losses, *trials[0].hyperparams]]
-    for t in trials[:5]:
-        values = [t.number, t.score, *([1 / t.score] if losses else []), *t.hyperparams.values()]
-        rows.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh)
+
+
+def forward(stack: Stack, x: Tensor) -> Tensor:
+    """The outputs [trials, rows, ...] of each trial's model for its x, [trials, rows, ...]."""
+    model, state = stack.model, stack.state
+    layers = dict(model.named_children())
+    known = {type(layer) for layer in layers.values()} <= {nn.Linear, StackedDropout, *ELEMENTWISE}
+    if type(model) is nn.Sequential and known and x.ndim == 3:  # the fast path
+        for name, layer in layers.items():
+            if type(layer) is nn.Linear:
+                x = torch.baddbmm(state[f"{name}.bias"].unsqueeze(1), x, state[f"{name}.weight"].mT)
+            else:
+                x = layer(x)
+        return x
+
+    def of_one_trial(state: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, state, (x,))
+
+    try:
+        return vmap(of_one_trial)(state, x)
+    except RuntimeError as error:  # vmap's, since try_model ran it in plain PyTorch
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
+        name = type(modules[-1] if modules else model).__name__
+        raise InputError(f"{name} cannot be stacked, see the README: {error}") from error
+
+
+def stacked_loss(loss: Callable, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each trial, [trials]."""
+    if loss in (F.mse_loss, F.cross_entropy):  # vmap would be slower
+        losses = loss(outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+        return losses.view(len(outputs), -1).mean(1)
+    return vmap(loss)(outputs, targets)
+
+
+@torch.no_grad()
+def evaluate(stack: Stack, data: Data) -> list[float]:
+    """The loss of each trial on the rows to score, in the targets' own units."""
+    stack.model.eval()
+    x, y = (part.expand(len(stack.trials), *part.shape) for part in data.scored)
+    outputs = torch.cat([forward(stack, part.contiguous()) for part in x.split(128, dim=1)], 1)
+    raw = (outputs * data.scales[3] + data.scales[2]).to(outputs.dtype)
+    return stacked_loss(data.loss, raw, y).tolist()
+
+
+def take_model(stack: Stack, index: int, data: Data) -> nn.Module:
+    """The trained model of the trial at an index: ordinary, in eval mode, for raw rows."""
+    model = make_model(stack.trials[index], data)
+    model.load_state_dict({name: stack.state[name][index] for name in model.state_dict()})
+    return RawInputs(model, data.scales).eval()
+
+
+class RawInputs(nn.Module):
+    """A trained model for raw rows: it standardises them, and turns outputs back into raw ones."""
+
+    def __init__(self, model: nn.Module, scales: list[Tensor]):
+        super().__init__()
+        self.model, self.scales = model, scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_mean, x_spread, y_mean, y_spread = self.scales
+        return self.model(standardise(x, x_mean, x_spread)) * y_spread + y_mean
+
+
+def load_model(path: str) -> RawInputs:
+    """The model that --save kept, in eval mode, for raw rows."""
+    kept = torch.load(path, weights_only=True)
+    model = build_model(*kept["sizes"], **split_hyperparams(kept["hyperparams"])[0])
+    model.load_state_dict(kept["state_dict"])
+    return RawInputs(model, kept["scales"]).eval()
+
+
+# ==== 4. The command line ========================================================================
+
+
+def report(trials: list[Trial]) -> None:
+    """Print the five best with the losses of their repeats, and who was lucky."""
+    rows = [["trial", "score", "loss", "repeated", *trials[0].hyperparams]]
+    best = [trial for trial in trials[:5] if not math.isnan(trial.score)]
+    for trial in best:
+        losses = 1 / np.array(trial.repeats or [math.nan])
+        cells = [trial.number, trial.score, 1 / trial.score]
+        cells += [f"{losses.mean():.4g} ± {losses.std():.2g}", *trial.hyperparams.values()]
+        rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(" ".join(map(str.rjust, row, widths))[:80])
-    print(f"{sum(math.isnan(t.score) for t in trials)} of {len(trials)} trials diverged")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this process: under torchrun, the accelerator of its LOCAL_RANK."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator:
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        return torch.zeros(1, device=accelerator or "cpu" if name == "auto" else name).device
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"argument --device: {name} is not available here") from None
+        print("  ".join(map(str.rjust, row, widths)))
+    print(f"{sum(math.isnan(trial.score) for trial in trials)} of {len(trials)} trials diverged")
+    for trial in best[1:]:
+        gain = np.mean(1 / np.array(best[0].repeats)) - np.mean(1 / np.array(trial.repeats))
+        variances = [np.var(1 / np.array(t.repeats), ddof=1) for t in (best[0], trial)]
+        if gain > 2 * math.sqrt(sum(variances) / len(trial.repeats)):
+            print(f"trial {trial.number} is better on average: its repeats lose {gain:.4g} less")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
-    add, started = parser.add_argument, time.monotonic()
-    add("--task", choices=TASKS, default="xor", help="default: xor")
-    add("--trials", metavar="N", type=int, default=200, help="default: 200")
-    add("--epochs", metavar="N", type=int, default=500, help="of each trial; default: 500")
-    add("--seed", metavar="S", type=int, default=0, help="of all random numbers; default: 0")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: auto")
-    add("--log", metavar="FILE", help="append finished trials to FILE; do not repeat those in it")
-    add("--trial", metavar="K", type=int, help="run only trial K")
+    parser.add_argument("--task", choices=TASKS, default="xor", help="(default: xor)")
+    parser.add_argument("--trials", type=int, default=200, help="how many (default: 200)")
+    parser.add_argument("--epochs", type=int, default=500, help="of each trial (default: 500)")
+    parser.add_argument("--repeats", type=int, default=5, help="of the five best (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument("--log", help="database of finished trials, which do not run again")
+    parser.add_argument("--save", help="file for the best model, see load_model")
+    parser.add_argument("--trial", type=int, help="run the trial of this number alone")
     args = parser.parse_args()
-    settings = {"task": args.task, "seed": args.seed, "epochs": args.epochs}
-    numbers = range(args.trials) if args.trial is None else [args.trial]
+    for name, least in {"trials": 1, "epochs": 1, "repeats": 0, "seed": 0, "trial": 0}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be {least} or more")
+    if args.save and not Path(args.save).parent.is_dir():
+        parser.error(f"--save {args.save}: there is no such folder")
+    numbers = args.trials if args.trial is None else [args.trial]
+    options = {"device": args.device, "log": args.log, "repeats": args.repeats}
+    status = 0
     try:
-        for name, least in {"trials": 1, "epochs": 1, "seed": 0, "trial": 0}.items():
-            value = getattr(args, name)
-            check(value is None or value >= least, f"argument --{name}: must be {least} or more")
-        data = prepare(args.task, pick_device(args.device))
-        train = lambda stack: train_stack(stack, data, args.epochs)[0]
-        stacks = lambda trials: make_stacks(trials, data)
-        trials = random_search(train, HYPERPARAMS, numbers, args.seed, stacks, args.log, settings)
-    except (ValueError, OSError) as error:
-        parser.error(str(error).partition("\n")[0])
-    if RANK or not trials:
-        return 0 if RANK else 130
-    seconds, ran = time.monotonic() - started, sum(not trial.logged for trial in trials)
-    print(f"task {args.task}, seed {args.seed}, {args.epochs} epochs, on {data['train'][0].device}")
-    print(f"{len(trials)} trials, {ran} run now in {seconds:.1f} s, {ran / seconds:.1f} a second\n")
-    report(trials, losses=True)
-    if math.isnan(trials[0].score):
-        parser.exit(1, f"{parser.prog}: every trial diverged; try a smaller lr\n")
-    _, model = train_stack(trials[:1], data, args.epochs)  # the best again, alone
-    x, y = (rows[:8] for rows in data["scored"])
-    table = torch.cat([y.view(len(y), -1), model(x.expand(2, *x.shape))[0]], dim=1).detach()
-    print(f"\nTargets and predictions of the best\n{table.cpu()}")
+        trials = search(args.task, numbers, args.epochs, args.seed, **options)
+    except (InputError, sqlite3.Error) as error:
+        parser.exit(2, f"{parser.prog}: error: {error} (--log {args.log})\n")
+    except KeyboardInterrupt as interrupt:
+        trials, status = getattr(interrupt, "finished", []), 130
+    if os.environ.get("RANK", "0") != "0" or not trials:
+        return status
+    if args.save and not status:
+        data, models = prepare(args.task, args.device), []
+        list(train_and_evaluate(trials[:1], data, args.epochs, models))
+        kept = {"hyperparams": trials[0].hyperparams, "sizes": data.sizes, "scales": data.scales}
+        torch.save(kept | {"state_dict": models[0].model.state_dict()}, args.save)
+    report(trials)
     print(trials[0].hyperparams)
-    return 0 if len(trials) == len(numbers) else 130
+    return status or int(math.isnan(trials[0].score))
 
 
 if __name__ == "__main__":
