@@ -13,6 +13,7 @@ Left out on purpose: other samplers, pruning, schedules, data that does not fit 
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -569,23 +570,22 @@ def load_model(path: str) -> RawInputs:
 
 
 def report(trials: list[Trial]) -> None:
-    """Print the five best with the losses of their repeats, and who was lucky."""
-    rows = [["trial", "score", "loss", "repeated", *trials[0].hyperparams]]
+    """Print the five best, the losses of their repeats, and who is better on average."""
+    rows = [["trial", "score", "loss", *trials[0].hyperparams, "loss of repeats"]]
     best = [trial for trial in trials[:5] if not math.isnan(trial.score)]
-    for trial in best:
-        losses = 1 / np.array(trial.repeats or [math.nan])
-        cells = [trial.number, trial.score, 1 / trial.score]
-        cells += [f"{losses.mean():.4g} ± {losses.std():.2g}", *trial.hyperparams.values()]
+    repeats = [1 / np.array(trial.repeats) for trial in best if trial.repeats]
+    for trial, losses in itertools.zip_longest(best, repeats):
+        cells = [trial.number, trial.score, 1 / trial.score, *trial.hyperparams.values()]
+        cells += [f"{losses.mean():.4g} ± {losses.std(ddof=1):.2g}" if trial.repeats else ""]
         rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.rjust, row, widths)))
     print(f"{sum(math.isnan(trial.score) for trial in trials)} of {len(trials)} trials diverged")
-    for trial in best[1:]:
-        gain = np.mean(1 / np.array(best[0].repeats)) - np.mean(1 / np.array(trial.repeats))
-        variances = [np.var(1 / np.array(t.repeats), ddof=1) for t in (best[0], trial)]
-        if gain > 2 * math.sqrt(sum(variances) / len(trial.repeats)):
-            print(f"trial {trial.number} is better on average: its repeats lose {gain:.4g} less")
+    for trial, losses in zip(best[1:], repeats[1:], strict=False):
+        gain = repeats[0].mean() - losses.mean()
+        if gain > 2 * math.sqrt((repeats[0].var(ddof=1) + losses.var(ddof=1)) / len(losses)):
+            print(f"trial {trial.number} is better on average, by {gain:.4g}: the best had luck")
 
 
 def main() -> int:
