@@ -8,9 +8,6 @@ run: .venv/ready
 test: .venv/ready
 	@.venv/bin/python -m pytest -q test_random_search.py
 
-bench: .venv/ready
-	@.venv/bin/python test_random_search.py
-
 .venv/ready: requirements.txt
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -19,4 +16,4 @@ bench: .venv/ready
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__
 
-.PHONY: run test bench clean
+.PHONY: run test clean

@@ -145,6 +145,7 @@ def random_search(
     seed = int(seed)
     trials = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers]
     check(trials, "there are no trials to run")
+    settings |= {"train_and_evaluate": getattr(train_and_evaluate, "func", train_and_evaluate)}
     database, search = open_log(log, settings | {"seed": seed, "space": space})
     launched = distributed.is_torchelastic_launched()  # by torchrun
     rank = int(os.environ["RANK"]) if launched else 0
@@ -154,12 +155,14 @@ def random_search(
     def run(wanted: list[Trial]) -> None:
         """Train what the log has not: of it this process's share, then whatever is left."""
         while missing := read_scores(database, search, wanted):
+            trial = None
             for trial, score in train_and_evaluate(missing[rank::processes] or missing):
                 row = [search, trial.number, trial.repeat, score if math.isfinite(score) else None]
                 row += [json.dumps(trial.hyperparams, default=repr), trial.seconds or 0.0]
                 database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
                 if rank == 0 and sys.stderr.isatty():
                     print(f"trial {trial.number}: score {score:.4g}", end="\r", file=sys.stderr)
+            check(trial, "train_and_evaluate yielded no score")
 
     try:
         run(trials)
@@ -222,6 +225,8 @@ def describe(value: object) -> object:
     """For json: arrays as lists, functions and classes as their source."""
     if isinstance(value, np.ndarray | np.generic | Tensor):
         return value.tolist()
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
     try:
         return inspect.getsource(value)
     except (OSError, TypeError):  # neither, or typed in
@@ -611,8 +616,10 @@ def main() -> int:
     status = 0
     try:
         trials = search(args.task, numbers, args.epochs, args.seed, **options)
-    except (InputError, sqlite3.Error) as error:
-        parser.exit(2, f"{parser.prog}: error: {error} (--log {args.log})\n")
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except sqlite3.Error as error:
+        parser.exit(2, f"{parser.prog}: error: --log {args.log}: {error}\n")
     except KeyboardInterrupt as interrupt:
         trials, status = getattr(interrupt, "finished", []), 130
     if os.environ.get("RANK", "0") != "0" or not trials:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -400,9 +399,11 @@ def test_any_function_can_be_searched():
 )
 def test_the_best_is_the_highest_then_the_lowest_number_and_never_nan(scores, best):
     for order in (1, -1):
-        found = rs.random_search(
-            lambda trials: [(t, scores[t.number]) for t in trials[::order]], {"x": [0]}, len(scores)
-        )
+
+        def given(trials, order=order):
+            return [(trial, scores[trial.number]) for trial in trials[::order]]
+
+        found = rs.random_search(given, {"x": [0]}, len(scores))
         assert found[0].number == best
         assert sorted(t.number for t in found) == list(range(len(scores)))
 
@@ -438,9 +439,42 @@ def test_the_log_resumes_only_what_is_missing(tmp_path, capsys):
     )
     assert len(rows_of(path)) == 30
     assert None in [row[2] for row in rows_of(path)]
-    rs.random_search(score, space | {"z": [1]}, 5, log=path, seed=np.int64(1))
-    assert len(rows_of(path)) == 35
-    assert "space" in capsys.readouterr().err
+    rs.random_search(score, space | {"z": [1]}, 5, log=path)
+    assert capsys.readouterr().err.strip().endswith("edited: space")
+    rs.random_search(score, space, 5, log=path, seed=np.int64(1))
+    assert capsys.readouterr().err.strip().endswith("edited: seed")
+    assert len(rows_of(path)) == 40
+
+
+def test_a_process_takes_its_share_first_and_then_what_is_left(tmp_path, monkeypatch):
+    calls = []
+
+    def score(trials):
+        calls.append([trial.number for trial in trials])
+        return [(trial, 1.0) for trial in trials]
+
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    rs.random_search(score, {"x": [0]}, 6, log=str(tmp_path / "log"))
+    assert calls[0] == [1, 4]
+    assert sorted(sum(calls, [])) == list(range(6))
+    with pytest.raises(rs.InputError, match="log"):
+        rs.random_search(score, {"x": [0]}, 6)
+
+
+def test_a_partial_of_a_loss_is_known_again_and_by_its_arguments(tmp_path, capsys):
+    for smoothing in (0.1, 0.1, 0.2):
+        loss = partial(F.cross_entropy, label_smoothing=smoothing)
+        rs.TASKS["smooth"] = rs.Task(ROWS, ROWS.argmax(1), loss)
+        rs.search("smooth", 3, 1, log=str(tmp_path / "log"))
+    rs.TASKS.pop("smooth")
+    assert len(rows_of(tmp_path / "log")) == 6
+    assert capsys.readouterr().err.strip().endswith("edited: loss")
+
+
+def test_a_function_that_yields_nothing_is_an_error():
+    with pytest.raises(rs.InputError, match="no score"):
+        rs.random_search(lambda trials: [], {"x": [0]}, 1)
 
 
 def test_no_search_mixes_with_another(tmp_path, monkeypatch, capsys):
@@ -586,6 +620,10 @@ def test_numbers_are_standardised_by_the_training_rows_and_constants_stay(monkey
     assert data.scored[1].flatten().tolist() == pytest.approx(ROWS[80:, 1] * 7)
 
 
+def test_targets_of_0_and_1_stay():
+    assert rs.prepare("binary").train[1].unique().tolist() == [0, 1]
+
+
 def test_a_class_that_training_never_sees_is_told(monkeypatch, capsys):
     task = rs.Task(ROWS[:50], np.arange(50) % 5, F.cross_entropy, slice(4, None, 5))
     monkeypatch.setitem(rs.TASKS, "mine", task)
@@ -636,15 +674,15 @@ def test_a_layer_that_does_not_stack_is_named_before_training(layer, monkeypatch
 
 def test_outputs_of_another_shape_are_refused_with_both_shapes(monkeypatch):
     for last in (nn.Flatten(0), nn.Linear(1, 5)):
-        model = lambda inputs, outputs, last=last, **_: nn.Sequential(nn.Linear(inputs, 1), last)
-        monkeypatch.setattr(rs, "build_model", model)
+        model = nn.Sequential(nn.Linear(3, 1), last)
+        monkeypatch.setattr(rs, "build_model", lambda inputs, outputs, model=model, **_: model)
         with pytest.raises(rs.InputError, match=r"outputs have shape .*targets \(16, 1\)"):
             train(make_trials(2, batch_size=16), rs.prepare("binary"))
 
 
 def test_an_error_of_the_readers_own_keeps_its_place(monkeypatch):
     def build_model(inputs, outputs, **_):
-        a, b = 1, 2, 3
+        inputs.a, inputs.b = 1, 2, 3
 
     monkeypatch.setattr(rs, "build_model", build_model)
     with pytest.raises(ValueError, match="unpack") as caught:
