@@ -290,9 +290,10 @@ def train_and_evaluate(
             with torch.no_grad():
                 for name in memory:
                     parameter = stack.state[name]
-                    gradient = parameter.grad.movedim(0, -1)
-                    update(parameter.movedim(0, -1), gradient, memory[name], **stack.hyperparams)
-                    parameter.grad = None
+                    if parameter.grad is not None:
+                        both = (parameter.movedim(0, -1), parameter.grad.movedim(0, -1))
+                        update(*both, memory[name], **stack.hyperparams)
+                        parameter.grad = None
         losses = evaluate(stack, data)
         for index, trial in enumerate(group):
             check(not losses[index] < 0, f"trial {trial.number}: a loss below 0 gives no score")
@@ -469,13 +470,16 @@ def stack_models(trials: list[Trial], data: Data) -> Stack:
         # In memory [trials, in, out], as its gradient will be: else autograd copies each gradient
         stacked = value.detach().mT.contiguous().mT if value.ndim == 3 else value.detach()
         state[name] = stacked.requires_grad_(value.requires_grad)
-    dropouts = [name for name, module in models[0].named_modules() if type(module) is nn.Dropout]
     keys = torch.stack([trial_keys(trial) for trial in trials]).to(device)
-    for place, name in enumerate(dropouts, start=2):
-        rates = torch.tensor([[model.get_submodule(name).p] for model in models], device=device)
-        dropout = StackedDropout(keys[:, place], rates)
-        models[0].set_submodule(name, dropout)
-        state |= {f"{name}.keys": dropout.keys, f"{name}.rates": dropout.rates}
+    dropouts = {}
+    for name, module in list(models[0].named_modules(remove_duplicate=False)):
+        if type(module) is nn.Dropout:
+            if module not in dropouts:  # one may stand in several places
+                rates = [[model.get_submodule(name).p] for model in models]
+                place_keys = keys[:, 2 + len(dropouts)]
+                dropouts[module] = StackedDropout(place_keys, torch.tensor(rates, device=device))
+            models[0].set_submodule(name, dropouts[module])
+    state |= {name: value for name, value in models[0].named_buffers() if name not in state}
     hyperparams = {}
     for name in split_hyperparams(trials[0].hyperparams)[1]:
         values = [float(trial.hyperparams[name]) for trial in trials]
@@ -547,7 +551,8 @@ def evaluate(stack: Stack, data: Data) -> list[float]:
 def take_model(stack: Stack, index: int, data: Data) -> nn.Module:
     """The trained model of the trial at an index: ordinary, in eval mode, for raw rows."""
     model = make_model(stack.trials[index], data)
-    model.load_state_dict({name: stack.state[name][index] for name in model.state_dict()})
+    state = {name: value[index] for name, value in stack.state.items()}
+    model.load_state_dict(state, strict=False)  # it also has the keys of dropouts
     return RawInputs(model, data.scales).eval()
 
 
@@ -565,7 +570,7 @@ class RawInputs(nn.Module):
 
 def load_model(path: str) -> RawInputs:
     """The model that --save kept, in eval mode, for raw rows."""
-    kept = torch.load(path, weights_only=True)
+    kept = torch.load(path, map_location="cpu", weights_only=True)
     model = build_model(*kept["sizes"], **split_hyperparams(kept["hyperparams"])[0])
     model.load_state_dict(kept["state_dict"])
     return RawInputs(model, kept["scales"]).eval()

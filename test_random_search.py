@@ -103,6 +103,8 @@ def train_plain(trial, data, epochs, make_optimizer):
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             model.set_submodule(name, GivenDropout(keys[next(places)], module.p))
+    if isinstance(model, Tied):
+        model.same = model.dropout
     optimizer = make_optimizer(model.parameters(), trial.hyperparams)
     (x, y), rows, batch = data.train, len(data.train[0]), trial.hyperparams["batch_size"]
     for epoch in range(epochs):
@@ -176,7 +178,29 @@ def embedding(inputs, outputs, hidden_size, num_layers, dropout):
     return nn.Sequential(nn.Embedding(7, 8), nn.Flatten(), nn.Linear(8 * inputs, outputs))
 
 
+class Tied(nn.Module):
+    """Weights and a dropout that stand in two places, a frozen bias, a layer without use."""
+
+    def __init__(self, inputs, outputs, size, dropout):
+        super().__init__()
+        self.first, self.last = nn.Linear(inputs, size), nn.Linear(size, outputs)
+        self.middle, self.again = nn.Linear(size, size), nn.Linear(size, size)
+        self.again.weight = self.middle.weight
+        self.first.bias.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+        self.dropout = self.same = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = self.dropout(self.middle(self.first(x)).relu())
+        return self.last(self.same(self.again(x).relu()))
+
+
+def tied(inputs, outputs, hidden_size, num_layers, dropout):
+    return Tied(inputs, outputs, hidden_size, dropout)
+
+
 MODELS = {
+    "tied weights": ("two outputs", tied),
     "activations": ("three classes", dense(lambda size: nn.Tanh(), lambda size: nn.LeakyReLU())),
     "LayerNorm": ("two outputs", dense(nn.LayerNorm, lambda size: nn.GELU())),
     "BatchNorm1d": ("three classes", dense(nn.BatchNorm1d, lambda size: nn.ReLU())),
