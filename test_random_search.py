@@ -105,6 +105,8 @@ def train_plain(trial, data, epochs, make_optimizer):
             model.set_submodule(name, GivenDropout(keys[next(places)], module.p))
     if isinstance(model, Tied):
         model.same = model.dropout
+    if isinstance(model, nn.Sequential) and type(model[-2]) is nn.Dropout:
+        model[-2] = model[1]  # it stands in two places
     optimizer = make_optimizer(model.parameters(), trial.hyperparams)
     (x, y), rows, batch = data.train, len(data.train[0]), trial.hyperparams["batch_size"]
     for epoch in range(epochs):
@@ -199,7 +201,16 @@ def tied(inputs, outputs, hidden_size, num_layers, dropout):
     return Tied(inputs, outputs, hidden_size, dropout)
 
 
+def sequential(inputs, outputs, hidden_size, num_layers, dropout):
+    """What the fast path must leave to vmap: a dropout in two places, a Linear without bias."""
+    same = nn.Dropout(dropout)
+    layers = [nn.Linear(inputs, 32), same, nn.ReLU(), nn.Linear(32, 32), same]
+    return nn.Sequential(*layers, nn.Linear(32, outputs, bias=num_layers > 1))
+
+
 MODELS = {
+    "shared dropout": ("two outputs", sequential),
+    "no bias": ("two outputs", lambda inputs, outputs, **_: nn.Linear(inputs, outputs, bias=False)),
     "tied weights": ("two outputs", tied),
     "activations": ("three classes", dense(lambda size: nn.Tanh(), lambda size: nn.LeakyReLU())),
     "LayerNorm": ("two outputs", dense(nn.LayerNorm, lambda size: nn.GELU())),
@@ -668,6 +679,10 @@ def test_a_class_that_training_never_sees_is_told(monkeypatch, capsys):
         ({"momentum": [0.9]}, "momentum"),
         ({"hidden_size": None}, "hidden_size"),
         ({"lr": None}, "lr"),
+        ({"batch_size": None}, "batch_size"),
+        ({"batch_size": [2.5]}, "batch_size"),
+        ({"batch_size": [0]}, "batch_size"),
+        ({"inputs": [2]}, "inputs"),
     ],
 )
 def test_a_bad_space_is_one_line_that_names_the_key(change, named, monkeypatch, capsys):
@@ -806,16 +821,21 @@ def test_it_runs_without_the_modules_that_windows_lacks():
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the log and the model that the README speaks of."""
+    path = tmp_path_factory.mktemp("readme")
+    options = ["--trials", 4, "--epochs", 3, "--repeats", 0]
+    run = command(*options, "--log", path / "trials.db", "--save", path / "best.pt")
+    assert run.returncode == 0, run.stderr
+    return path
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_the_code_of_the_readme_runs_as_written(code, tmp_path):
-    (tmp_path / "mine.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    command("--trials", 8, "--epochs", 3, "--log", tmp_path / "trials.db")
-    command("--trials", 8, "--epochs", 3, "--save", tmp_path / "best.pt")
-    run = [sys.executable, "mine.py"]
-    run = subprocess.run(
-        run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+def test_the_code_of_the_readme_runs_as_written(code, folder):
+    (folder / "mine.py").write_text(code, encoding="utf-8")
+    options = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(HERE)}, "check": False}
+    run = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, **options)
     assert run.returncode == 0, run.stderr
 
 
