@@ -75,7 +75,7 @@ def update(parameter: Tensor, gradient: Tensor, state: dict, lr: Tensor) -> None
 
 class Task(NamedTuple):
     x: Sequence  # [rows, ...]; flat rows of floats are standardised by the training rows
-    y: Sequence  # floats, [rows] or [rows, outputs], standardised likewise; else class labels
+    y: Sequence  # numbers, [rows] or [rows, outputs], standardised likewise; or class labels
     loss: Callable  # of one trial's (outputs, targets), as F.mse_loss is; never below 0
     held_out: float | slice | Sequence | None = 0.2  # rows to score, or a share; None: all do both
 
@@ -313,13 +313,17 @@ def prepare(name: str, device: str = "cpu") -> Data:
     task = TASKS[name]
     x, y = (np.asarray(r.detach().cpu() if isinstance(r, Tensor) else r) for r in task[:2])
     check(len(x) == len(y) > 0, f"task {name}: x has {len(x)} rows, y has {len(y)}")
+    loss = getattr(task.loss, "func", task.loss)  # of a partial
+    own = loss.__module__ != "torch.nn.functional"
     labels = ()
-    if y.dtype.kind != "f":  # class labels of any kind
+    if loss in (F.cross_entropy, F.nll_loss) or (own and y.dtype.kind != "f"):
+        y = y.astype(str) if y.dtype.kind == "O" else y
         labels, codes = np.unique(y, return_inverse=True)
         y = codes.reshape(len(y), *y.shape[2 if y.shape[1:] == (1,) else 1 :])
     for values in (x, y):
         fit = values.dtype.kind in "biuf" and np.abs(values).max() < 3e38  # of float32; NaN is not
         check(fit, f"task {name}: x and y must be finite numbers")
+    y = y if len(labels) else y.astype(float)
     rows, scored = np.arange(len(x)), task.held_out
     if isinstance(scored, float):  # drawn, since rows often come in some order
         scored = np.random.default_rng(0).permutation(rows)[: max(1, round(scored * len(rows)))]
