@@ -157,15 +157,19 @@ def random_search(
         """Train what the log has not: of it this process's share, then whatever is left."""
         while missing := read_scores(database, search, wanted):
             trial = None
-            started = time.perf_counter()
+            begun = time.monotonic()
+            shown = begun
+            started = begun
             for trial, score in train_and_evaluate(missing[rank::processes] or missing):
                 row = [search, trial.number, trial.repeat, score if math.isfinite(score) else None]
-                seconds = trial.seconds or time.perf_counter() - started  # its own share of a stack
+                seconds = trial.seconds or time.monotonic() - started  # its own share of a stack
                 row += [json.dumps(trial.hyperparams, default=repr), seconds]
                 database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
-                started = time.perf_counter()
-                if rank == 0 and sys.stderr.isatty():
-                    print(f"trial {trial.number}: score {score:.4g}", end="\r", file=sys.stderr)
+                started = time.monotonic()
+                if rank == 0 and sys.stderr.isatty() and started > shown + 0.5:
+                    shown = started
+                    ran = len(missing) - len(read_scores(database, search, wanted))
+                    show_progress(wanted, ran / (shown - begun))
             check(trial, "train_and_evaluate yielded no score")
 
     try:
@@ -177,6 +181,8 @@ def random_search(
         read_scores(database, search, trials)
         error.finished = ranked(trials)  # for a report of what an interrupt leaves
         raise
+    if sys.stderr.isatty():
+        print(" " * 79, end="\r", file=sys.stderr)
     for trial in best:
         trial.repeats = [other.score for other in again if other.number == trial.number]
     database.close()
@@ -197,6 +203,14 @@ def ranked(trials: list[Trial]) -> list[Trial]:
     """Those that have run, the best first; of equal ones the lowest number; diverged ones last."""
     finished = [trial for trial in trials if trial.seconds is not None]
     return sorted(finished, key=lambda t: (math.isnan(t.score), -t.score, t.number))
+
+
+def show_progress(wanted: list[Trial], rate: float) -> None:
+    """One line on the terminal: the next one covers it, and spaces in the end."""
+    finished = ranked(wanted)
+    line = f"{len(finished)} of {len(wanted)} trials, best score {finished[0].score:.4g}, "
+    line += f"{rate:.1f} a second, {(len(wanted) - len(finished)) / rate:.0f} s left"
+    print(line.ljust(79), end="\r", file=sys.stderr, flush=True)
 
 
 def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]:
@@ -226,13 +240,14 @@ def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]
 
 
 def describe(value: object) -> object:
-    """For json: arrays as lists, functions and classes as their source."""
+    """For json: arrays as lists, functions and classes as their source and what they enclose."""
     if isinstance(value, np.ndarray | np.generic | Tensor):
         return value.tolist()
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     try:
-        return inspect.getsource(value)
+        enclosed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        return [inspect.getsource(value), repr(enclosed)]
     except (OSError, TypeError):  # neither, or typed in
         return repr(value)
 
@@ -648,8 +663,11 @@ def main() -> int:
         list(train_and_evaluate(trials[:1], data, args.epochs, models))
         kept = {"hyperparams": trials[0].hyperparams, "sizes": data.sizes, "scales": data.scales}
         torch.save(kept | {"state_dict": models[0].model.state_dict()}, args.save)
-    report(trials)
-    print(trials[0].hyperparams)
+    try:
+        report(trials)
+        print(trials[0].hyperparams, flush=True)
+    except BrokenPipeError:  # its reader has left; at exit Python would complain once more
+        os._exit(status)
     return status or int(math.isnan(trials[0].score))
 
 

@@ -507,6 +507,15 @@ def test_a_partial_of_a_loss_is_known_again_and_by_its_arguments(tmp_path, capsy
     assert capsys.readouterr().err.strip().endswith("edited: loss")
 
 
+def test_a_function_in_the_space_is_known_by_what_it_encloses(tmp_path):
+    def up_to(high):
+        return lambda generator: generator.uniform(0, high)
+
+    for high in (1.0, 1.0, 2.0):
+        rs.random_search(negative_square, {"x": up_to(high)}, 3, log=str(tmp_path / "log"))
+    assert len(rows_of(tmp_path / "log")) == 6
+
+
 def test_a_function_that_yields_nothing_is_an_error():
     with pytest.raises(rs.InputError, match="no score"):
         rs.random_search(lambda trials: [], {"x": [0]}, 1)
@@ -580,6 +589,28 @@ def test_what_a_failing_trial_leaves_is_in_the_log(tmp_path):
     with pytest.raises(ZeroDivisionError) as caught:
         rs.random_search(fails, {"x": [0]}, 9, log=str(tmp_path / "log"))
     assert len(rows_of(tmp_path / "log")) == len(caught.value.finished) == 7
+
+
+def test_progress_counts_what_is_finished_and_goes(monkeypatch, capsys):
+    def slow(trials):
+        for trial in trials:
+            clock[0] += 0.3
+            yield trial, float(trial.number)
+
+    clock = [0.0]
+    monkeypatch.setattr(rs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    rs.random_search(slow, {"x": [0]}, 5)
+    first, second, last, end = capsys.readouterr().err.split("\r")
+    assert first.strip() == "2 of 5 trials, best score 1, 3.3 a second, 1 s left"
+    assert second.startswith("4 of 5 trials, best score 3")
+    assert (last.strip(), end) == ("", "")
+
+
+def test_a_reader_that_leaves_early_costs_nothing():
+    line = f"{sys.executable} {SCRIPT} --trials 3 --epochs 2 | head -0"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, check=False)
+    assert (run.returncode, run.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"x" * 99])
