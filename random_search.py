@@ -147,7 +147,10 @@ def random_search(
     trials = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers]
     check(trials, "there are no trials to run")
     settings |= {"train_and_evaluate": getattr(train_and_evaluate, "func", train_and_evaluate)}
-    database, search = open_log(log, settings | {"seed": seed, "space": space})
+    cells = {name: getattr(values, "__closure__", None) or () for name, values in space.items()}
+    enclosed = [cell.cell_contents for name in cells for cell in cells[name]]  # by a function
+    settings |= {"seed": seed, "space": space, "enclosed": enclosed}
+    database, search = open_log(log, settings)
     launched = distributed.is_torchelastic_launched()  # by torchrun
     rank = int(os.environ["RANK"]) if launched else 0
     processes = int(os.environ["WORLD_SIZE"]) if launched else 1
@@ -240,14 +243,13 @@ def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]
 
 
 def describe(value: object) -> object:
-    """For json: arrays as lists, functions and classes as their source and what they enclose."""
+    """For json: arrays as lists, functions and classes as their source."""
     if isinstance(value, np.ndarray | np.generic | Tensor):
         return value.tolist()
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     try:
-        enclosed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        return [inspect.getsource(value), repr(enclosed)]
+        return inspect.getsource(value)
     except (OSError, TypeError):  # neither, or typed in
         return repr(value)
 
