@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -845,8 +844,10 @@ def test_ctrl_c_reports_what_is_finished(tmp_path):
     path = tmp_path / "log"
     line = [sys.executable, str(SCRIPT), "--trials", "3000", "--log", str(path)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not path.exists() or not rows_of(path):
-        time.sleep(0.1)
+    finished = []
+    while not finished:
+        with contextlib.suppress(sqlite3.OperationalError):  # until the log has its tables
+            finished = rows_of(path) if path.exists() else []
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
