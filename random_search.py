@@ -222,7 +222,16 @@ def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]
     database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
     tables = {table for (table,) in database.execute("SELECT tbl_name FROM sqlite_master")}
     check(tables <= {"searches", "trials"}, "the log is a database of something else")
-    database.execute("PRAGMA journal_mode = WAL")  # writing a trial takes 15 us, survives a kill
+    deadline = time.monotonic() + 60
+    while database.execute("PRAGMA journal_mode").fetchone() != ("wal" if path else "memory",):
+        try:  # SQLite's own time limit does not hold for this change, when others make it too
+            database.execute(
+                "PRAGMA journal_mode = WAL"
+            )  # a trial then takes 15 us, survives a kill
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     database.execute("CREATE TABLE IF NOT EXISTS searches (search PRIMARY KEY, settings)")
     columns = "search, number, repeat, score, hyperparams, seconds"
     unique = "UNIQUE (search, number, repeat)"
@@ -322,7 +331,8 @@ def train_and_evaluate(
             if models is not None:
                 models.append(take_model(stack, index, data))
             trial.seconds = (time.perf_counter() - started) / len(group)
-            yield trial, 1 / max(losses[index], 1e-12)
+            loss = losses[index]
+            yield trial, 1 / max(loss, 1e-12) if math.isfinite(loss) else math.nan
 
 
 def prepare(name: str, device: str = "cpu") -> Data:

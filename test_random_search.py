@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -612,6 +613,29 @@ def test_a_reader_that_leaves_early_costs_nothing():
     assert (run.returncode, run.stderr) == (0, b"")
 
 
+def open_together(barrier, paths, errors):
+    for path in paths:
+        barrier.wait()
+        try:
+            rs.open_log(path, {"task": "t"})[0].close()
+        except Exception as error:
+            errors.put(repr(error))
+
+
+def test_processes_may_make_the_log_together(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, errors = context.Barrier(4), context.Queue()
+    paths = [str(tmp_path / f"log{number}") for number in range(60)]
+    arguments = (barrier, paths, errors)
+    processes = [context.Process(target=open_together, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert errors.empty()
+
+
 @pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"x" * 99])
 def test_a_file_that_is_no_log_is_refused_and_left_alone(content, tmp_path, monkeypatch, capsys):
     path = tmp_path / "log"
@@ -775,8 +799,14 @@ def test_divergence_of_one_trial_leaves_the_others_alone():
     data, trials = rs.prepare("two outputs"), make_trials(3, hidden_size=64, num_layers=3)
     trials[0].hyperparams["lr"] = 1e9
     scores = train(trials, data, 10)
-    assert not math.isfinite(float.fromhex(scores[0])) if scores[0] != "nan" else True
+    assert scores[0] == "nan"
     assert scores[1:] == train(trials[1:], data, 10)
+
+
+def test_a_loss_of_0_has_a_finite_score_and_none_that_is_not_finite_has(monkeypatch):
+    monkeypatch.setattr(rs, "evaluate", lambda stack, data: [0.0, 0.5, math.inf, math.nan])
+    scores = train(make_trials(4, hidden_size=32, num_layers=1), rs.prepare("xor"), 1)
+    assert scores == [(1e12).hex(), (2.0).hex(), "nan", "nan"]
 
 
 def test_torch_defaults_of_the_reader_work():
