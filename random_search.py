@@ -12,9 +12,9 @@ Left out on purpose: other samplers, pruning, schedules, data that does not fit 
 """
 
 import argparse
+import contextlib
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -146,56 +146,66 @@ def random_search(
     seed = int(seed)
     trials = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers]
     check(trials, "there are no trials to run")
+    check(log or launched()[1] == 1, "several processes need a log, to share the trials by")
     settings |= {"train_and_evaluate": getattr(train_and_evaluate, "func", train_and_evaluate)}
     cells = {name: getattr(values, "__closure__", None) or () for name, values in space.items()}
     enclosed = [cell.cell_contents for name in cells for cell in cells[name]]  # by a function
     settings |= {"seed": seed, "space": space, "enclosed": enclosed}
-    database, search = open_log(log, settings)
-    launched = distributed.is_torchelastic_launched()  # by torchrun
-    rank = int(os.environ["RANK"]) if launched else 0
-    processes = int(os.environ["WORLD_SIZE"]) if launched else 1
-    check(log or processes == 1, "several processes need a log, to share the trials by")
-
-    def run(wanted: list[Trial]) -> None:
-        """Train what the log has not: of it this process's share, then whatever is left."""
-        while missing := read_scores(database, search, wanted):
-            trial = None
-            begun = time.monotonic()
-            shown = begun
-            started = begun
-            for trial, score in train_and_evaluate(missing[rank::processes] or missing):
-                row = [search, trial.number, trial.repeat, score if math.isfinite(score) else None]
-                seconds = trial.seconds or time.monotonic() - started  # its own share of a stack
-                row += [json.dumps(trial.hyperparams, default=repr), seconds]
-                database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
-                started = time.monotonic()
-                if rank == 0 and sys.stderr.isatty() and started > shown + 0.5:
-                    shown = started
-                    ran = len(missing) - len(read_scores(database, search, wanted))
-                    show_progress(wanted, ran / (shown - begun))
-            check(trial, "train_and_evaluate yielded no score")
-
+    database, key = open_log(log, settings)
     try:
-        run(trials)
-        best = ranked(trials)[:5]
-        again = [Trial(t.number, seed, t.hyperparams, 1 + n) for t in best for n in range(repeats)]
-        run(again)
+        run_missing(train_and_evaluate, trials, database, key)
+        trials = ranked(trials)
+        finals = [replace(trial, repeat=1 + n) for trial in trials[:5] for n in range(repeats)]
+        run_missing(train_and_evaluate, finals, database, key)
     except BaseException as error:
-        read_scores(database, search, trials)
-        error.finished = ranked(trials)  # for a report of what an interrupt leaves
+        read_scores(database, key, trials)
+        finished = ranked(trials)
+        if finished and not isinstance(error, InputError):
+            with contextlib.redirect_stdout(sys.stderr):
+                report(finished)
         raise
-    if sys.stderr.isatty():
-        print(" " * 79, end="\r", file=sys.stderr)
-    for trial in best:
-        trial.repeats = [other.score for other in again if other.number == trial.number]
+    for trial in trials[:5]:
+        trial.repeats = [final.score for final in finals if final.number == trial.number]
     database.close()
-    return ranked(trials)
+    return trials
 
 
-def read_scores(database: sqlite3.Connection, search: str, trials: list[Trial]) -> list[Trial]:
+def launched() -> tuple[int, int]:
+    """The rank of this process, and how many processes torchrun has launched."""
+    if not distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def run_missing(
+    train_and_evaluate: Callable, trials: list[Trial], database: sqlite3.Connection, key: str
+) -> None:
+    """Train what the log has not: of it this process's share, then whatever is left."""
+    rank, processes = launched()
+    while missing := read_scores(database, key, trials):
+        trial = None
+        begun = time.monotonic()
+        previous = begun
+        shown = begun
+        for trial, score in train_and_evaluate(missing[rank::processes] or missing):
+            now = time.monotonic()
+            row = [key, trial.number, trial.repeat, score if math.isfinite(score) else None]
+            row += [json.dumps(trial.hyperparams, default=repr), trial.seconds or now - previous]
+            database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
+            previous = now
+            if rank == 0 and sys.stderr.isatty() and now > shown + 0.5:
+                shown = now
+                ran = len(missing) - len(read_scores(database, key, trials))
+                show_progress(trials, ran / (now - begun))
+        check(trial, "train_and_evaluate yielded no score")
+        if shown > begun:
+            print(" " * 79, end="\r", file=sys.stderr)
+
+
+def read_scores(database: sqlite3.Connection, key: str, trials: list[Trial]) -> list[Trial]:
     """Set the scores of those of trials that the log has; return the others."""
     query = "SELECT number, repeat, score, seconds FROM trials WHERE search = ?"
-    done = {row[:2]: row[2:] for row in database.execute(query, [search])}
+    done = {row[:2]: row[2:] for row in database.execute(query, [key])}
     for trial in trials:
         score, trial.seconds = done.get((trial.number, trial.repeat), (None, None))
         trial.score = math.nan if score is None else score
@@ -208,11 +218,11 @@ def ranked(trials: list[Trial]) -> list[Trial]:
     return sorted(finished, key=lambda t: (math.isnan(t.score), -t.score, t.number))
 
 
-def show_progress(wanted: list[Trial], rate: float) -> None:
-    """One line on the terminal: the next one covers it, and spaces in the end."""
-    finished = ranked(wanted)
-    line = f"{len(finished)} of {len(wanted)} trials, best score {finished[0].score:.4g}, "
-    line += f"{rate:.1f} a second, {(len(wanted) - len(finished)) / rate:.0f} s left"
+def show_progress(trials: list[Trial], rate: float) -> None:
+    """One line on the terminal, which the next one covers."""
+    finished = ranked(trials)
+    line = f"{len(finished)} of {len(trials)} trials, best score {finished[0].score:.4g}, "
+    line += f"{rate:.1f} a second, {(len(trials) - len(finished)) / rate:.0f} s left"
     print(line.ljust(79), end="\r", file=sys.stderr, flush=True)
 
 
@@ -222,33 +232,26 @@ def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]
     database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
     tables = {table for (table,) in database.execute("SELECT tbl_name FROM sqlite_master")}
     check(tables <= {"searches", "trials"}, "the log is a database of something else")
-    deadline = time.monotonic() + 60
-    while database.execute("PRAGMA journal_mode").fetchone() != ("wal" if path else "memory",):
-        try:  # SQLite's own time limit does not hold for this change, when others make it too
-            database.execute(
-                "PRAGMA journal_mode = WAL"
-            )  # a trial then takes 15 us, survives a kill
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+    # A trial then takes 15 us and survives a kill. If it is locked, another process does the same.
+    with contextlib.suppress(sqlite3.OperationalError):
+        database.execute("PRAGMA journal_mode = WAL")
     database.execute("CREATE TABLE IF NOT EXISTS searches (search PRIMARY KEY, settings)")
     columns = "search, number, repeat, score, hyperparams, seconds"
     unique = "UNIQUE (search, number, repeat)"
     database.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}, {unique})")
     text = json.dumps(settings, default=describe)
-    search = hashlib.sha256(text.encode()).hexdigest()[:16]
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     others = dict(database.execute("SELECT search, settings FROM searches"))
-    database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [search, text])
-    changes = []
+    database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [key, text])
+    here = json.loads(text)
+    edits = []
     for other in map(json.loads, others.values()):
-        here = json.loads(text)
-        changed = [name for name in here | other if here.get(name) != other.get(name)]
-        changes += [changed] if "task" not in changed else []
-    if changes and search not in others:
-        changed = ", ".join(min(changes, key=len))
-        print(f"{path}: a new search, since this was edited: {changed}", file=sys.stderr)
-    return database, search
+        edited = [name for name in here | other if here.get(name) != other.get(name)]
+        edits += [edited] if "task" not in edited else []
+    if edits and key not in others:
+        edited = ", ".join(min(edits, key=len))
+        print(f"{path}: a new search, since this was edited: {edited}", file=sys.stderr)
+    return database, key
 
 
 def describe(value: object) -> object:
@@ -266,18 +269,37 @@ def describe(value: object) -> object:
 # ==== 3. Training side by side ===================================================================
 
 
+class Scale(NamedTuple):
+    """Mean and spread of each column, float64 on the CPU: 0 and 1 where there is none to take."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def standardise(self, values: Tensor) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        standard = (values - self.mean.to(values)) / self.spread.to(values)
+        return standard.to(torch.get_default_dtype())
+
+    def restore(self, values: Tensor) -> Tensor:
+        return values * self.spread.to(values) + self.mean.to(values)
+
+
 class Data(NamedTuple):
     loss: Callable
     train: tuple[Tensor, Tensor]  # x and y, standardised
     scored: tuple[Tensor, Tensor]  # x standardised, y not
     sizes: tuple[int, int]  # inputs and outputs of a model
-    scales: list[Tensor]  # mean and spread of x, mean and spread of y
+    scales: tuple[Scale, Scale]  # of x and of y
 
 
 class Stack(NamedTuple):
     trials: list[Trial]  # two at least
+    keys: Tensor  # of their random numbers, [trials, 64, 2]
     model: nn.Module  # of the first trial, for its structure
+    layers: dict[str, nn.Module]  # of the model, if it needs no vmap
     state: dict[str, Tensor]  # the parameters and buffers of all, [trials, ...]
+    memory: list[tuple[Tensor, Tensor, dict]]  # parameter, the same [..., trials], update's state
     hyperparams: dict[str, Tensor]  # of update, [trials]
 
 
@@ -298,8 +320,7 @@ def search(
     settings = {"task": task, "rows": hashlib.sha256(rows).hexdigest(), "epochs": epochs}
     settings |= {"device": data.train[0].device.type, "torch": torch.__version__}
     settings |= {"build_model": build_model, "update": update, "loss": data.loss}
-    layers = {type(module): None for module in make_model(trial, data).modules()}
-    settings |= {layer.__name__: layer for layer in layers}
+    settings |= {type(layer).__name__: type(layer) for layer in make_model(trial, data).modules()}
     train = partial(train_and_evaluate, data=data, epochs=epochs)
     return random_search(train, HYPERPARAMS, trials, seed, **settings, **options)
 
@@ -314,78 +335,87 @@ def train_and_evaluate(
     for group in make_stacks(trials, data):
         started = time.perf_counter()
         stack = stack_models(group, data)
-        memory = {name: {} for name, value in stack.state.items() if value.requires_grad}
-        for x, y in batches(stack.trials, data, epochs):
+        for x, y in batches(stack, data, epochs):
             losses = stacked_loss(data.loss, forward(stack, x), y)
             losses.sum().backward()
-            with torch.no_grad():
-                for name in memory:
-                    parameter = stack.state[name]
-                    if parameter.grad is not None:
-                        both = (parameter.movedim(0, -1), parameter.grad.movedim(0, -1))
-                        update(*both, memory[name], **stack.hyperparams)
-                        parameter.grad = None
+            step(stack)
         losses = evaluate(stack, data)
+        seconds = (time.perf_counter() - started) / len(group)
         for index, trial in enumerate(group):
-            check(not losses[index] < 0, f"trial {trial.number}: a loss below 0 gives no score")
+            loss = losses[index]
+            check(not loss < 0, f"trial {trial.number}: a loss below 0 gives no score")
             if models is not None:
                 models.append(take_model(stack, index, data))
-            trial.seconds = (time.perf_counter() - started) / len(group)
-            loss = losses[index]
+            trial.seconds = seconds
             yield trial, 1 / max(loss, 1e-12) if math.isfinite(loss) else math.nan
 
 
-def prepare(name: str, device: str = "cpu") -> Data:
-    """The rows of a task, checked, split, standardised and on the device."""
+@torch.no_grad()
+def step(stack: Stack) -> None:
+    """update each parameter that the loss has reached."""
+    for parameter, value, state in stack.memory:
+        if parameter.grad is not None:
+            update(value, parameter.grad.movedim(0, -1), state, **stack.hyperparams)
+            parameter.grad = None
+
+
+def read_rows(name: str) -> tuple[Tensor, Tensor, int]:
+    """x and y of a task, checked, and how many classes y has: 0 if it holds numbers."""
     task = TASKS[name]
-    x, y = (np.asarray(r.detach().cpu() if isinstance(r, Tensor) else r) for r in task[:2])
+    try:
+        x, y = (np.asarray(r.detach().cpu() if isinstance(r, Tensor) else r) for r in task[:2])
+    except ValueError as error:
+        raise InputError(f"task {name}: {error}") from None
     check(len(x) == len(y) > 0, f"task {name}: x has {len(x)} rows, y has {len(y)}")
     loss = getattr(task.loss, "func", task.loss)  # of a partial
     own = loss.__module__ != "torch.nn.functional"
-    labels = ()
+    classes = 0
     if loss in (F.cross_entropy, F.nll_loss) or (own and y.dtype.kind != "f"):
         y = y.astype(str) if y.dtype.kind == "O" else y
         labels, codes = np.unique(y, return_inverse=True)
         y = codes.reshape(len(y), *y.shape[2 if y.shape[1:] == (1,) else 1 :])
+        classes = len(labels)
     for values in (x, y):
         fit = values.dtype.kind in "biuf" and np.abs(values).max() < 3e38  # of float32; NaN is not
         check(fit, f"task {name}: x and y must be finite numbers")
-    y = y if len(labels) else y.astype(float)
-    rows, scored = np.arange(len(x)), task.held_out
+    x = torch.tensor(x.astype(float) if x.dtype.kind == "f" else x)
+    y = torch.tensor(y if classes else y.astype(float))
+    x = x[:, None] if x.ndim == 1 else x
+    y = y[:, None] if y.ndim == 1 and not classes else y
+    return x, y, classes
+
+
+def prepare(name: str, device: str = "cpu") -> Data:
+    """The rows of a task, split, standardised and on the device."""
+    x, y, classes = read_rows(name)
+    rows = np.arange(len(x))
+    scored = TASKS[name].held_out
     if isinstance(scored, float):  # drawn, since rows often come in some order
         scored = np.random.default_rng(0).permutation(rows)[: max(1, round(scored * len(rows)))]
     train = rows if scored is None else np.delete(rows, scored)
     scored = rows if scored is None else rows[scored]
     check(len(train) and len(scored), f"task {name}: held_out is empty, or all rows are in it")
-    if len(labels) and not np.isin(y[scored], y[train]).all():
+    if classes and not np.isin(y[scored], y[train]).all():
         print(f"task {name}: some classes are only in the rows to score", file=sys.stderr)
     try:
-        x, y = torch.tensor(x, device=device), torch.tensor(y, device=device)
-        x[0].tolist()
+        torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError):
         raise InputError(f"device {device} is not to be had here") from None
-    x = x[:, None] if x.ndim == 1 else x
-    y = y[:, None] if y.ndim == 1 and not len(labels) else y
-    sizes = (x.shape[1], len(labels) or y.shape[1])
-    scales = [*scale(x[train]), *scale(y[train])]
-    x, standard = standardise(x, *scales[:2]), standardise(y, *scales[2:])
-    y = y.to(standard.dtype)
-    return Data(task.loss, (x[train], standard[train]), (x[scored], y[scored]), sizes, scales)
+    x_scale, y_scale = scale(x[train]), scale(y[train])
+    x, standard = x_scale.standardise(x).to(device), y_scale.standardise(y).to(device)
+    y = y.to(standard)
+    sizes = (x.shape[1], classes or y.shape[1])
+    training = (x[train], standard[train])
+    return Data(TASKS[name].loss, training, (x[scored], y[scored]), sizes, (x_scale, y_scale))
 
 
-def scale(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and spread of columns of floats; 0 and 1 where there is nothing to standardise."""
-    spread, mean = torch.std_mean(values.double(), 0, correction=0)
-    varies = spread > len(values) * 2.2e-16 * values.abs().amax(0)  # by more than rounding
-    varies &= values.is_floating_point() and values.ndim == 2
-    varies &= ((values != 0) & (values != 1)).any()
-    return mean * varies, torch.where(varies, spread, 1)
-
-
-def standardise(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    if not values.is_floating_point():
-        return values
-    return ((values - mean) / spread).to(torch.get_default_dtype())  # in float64, see scale
+def scale(rows: Tensor) -> Scale:
+    """Of flat rows of floats, but for columns that are constant, and where all are 0 or 1."""
+    spread, mean = torch.std_mean(rows.double(), 0, correction=0)
+    varies = spread > len(rows) * 2.2e-16 * rows.abs().amax(0)  # by more than rounding
+    varies &= rows.is_floating_point() and rows.ndim == 2
+    varies &= ((rows != 0) & (rows != 1)).any()
+    return Scale(mean * varies, torch.where(varies, spread, 1))
 
 
 def random_bits(keys: Tensor, count: int, first: int = 0) -> Tensor:
@@ -479,7 +509,7 @@ def try_model(trial: Trial, data: Data) -> int:
     The size counts floats: weights, and what the modules return; each is needed twice in training.
     """
     model = make_model(trial, data)
-    x, y = (part[0] for part in next(batches([trial], data, 1)))
+    x, y = (part[: trial.hyperparams["batch_size"]] for part in data.train)
     size = [2 * parameter.numel() for parameter in model.parameters()]
 
     def count(module: nn.Module, inputs: tuple, outputs: Tensor) -> None:
@@ -502,72 +532,72 @@ def stack_models(trials: list[Trial], data: Data) -> Stack:
     if len(trials) == 1:
         trials = trials * 2  # one would go to other kernels, with other last bits
     device = data.train[0].device
+    keys = torch.stack([trial_keys(trial) for trial in trials]).to(device)
     models = [make_model(trial, data) for trial in trials]
     parameters, state = stack_module_state(models)
-    for name, value in parameters.items():
-        # In memory [trials, in, out], as its gradient will be: else autograd copies each gradient
-        stacked = value.detach().mT.contiguous().mT if value.ndim == 3 else value.detach()
-        state[name] = stacked.requires_grad_(value.requires_grad)
-    keys = torch.stack([trial_keys(trial) for trial in trials]).to(device)
+    model = models[0]
     dropouts = {}
-    for name, module in list(models[0].named_modules(remove_duplicate=False)):
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is nn.Dropout:
             if module not in dropouts:  # one may stand in several places
-                rates = [[model.get_submodule(name).p] for model in models]
-                place_keys = keys[:, 2 + len(dropouts)]
-                dropouts[module] = StackedDropout(place_keys, torch.tensor(rates, device=device))
-            models[0].set_submodule(name, dropouts[module])
-    state |= {name: value for name, value in models[0].named_buffers() if name not in state}
+                rates = torch.tensor([[m.get_submodule(name).p] for m in models], device=device)
+                dropouts[module] = StackedDropout(keys[:, 2 + len(dropouts)], rates)
+            model.set_submodule(name, dropouts[module])
+    state = dict(model.named_buffers()) | state
+    memory = []
+    for name, value in parameters.items():
+        # In memory [trials, in, out], as its gradient will be: else autograd copies each gradient
+        values = value.detach().mT.contiguous().mT if value.ndim == 3 else value.detach()
+        state[name] = values.detach().requires_grad_(value.requires_grad)
+        memory.append((state[name], values.movedim(0, -1), {}))
     hyperparams = {}
     for name in split_hyperparams(trials[0].hyperparams)[1]:
         values = [float(trial.hyperparams[name]) for trial in trials]
         hyperparams[name] = torch.tensor(values, device=device)
-    return Stack(trials, models[0], state, hyperparams)
+    return Stack(trials, keys, model, fast_layers(model), state, memory, hyperparams)
 
 
-def batches(trials: list[Trial], data: Data, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(stack: Stack, data: Data, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """x and y [trials, batch, ...] of each step; every trial has its own order in every epoch."""
     x, y = data.train
-    rows, batch_size = len(x), trials[0].hyperparams["batch_size"]
+    rows, batch_size = len(x), stack.trials[0].hyperparams["batch_size"]
     # A last batch of one row, too few for BatchNorm, joins the one before.
     cuts = list(range(batch_size, rows - (batch_size > 1), batch_size))
-    keys = torch.stack([trial_keys(trial)[1] for trial in trials]).to(x.device)
-    order = torch.arange(rows, device=x.device).expand(len(trials), -1)
+    order = torch.arange(rows, device=x.device).expand(len(stack.trials), -1)
     for epoch in range(epochs):
         if cuts:  # the order of a full batch does not matter
-            order = random_bits(keys, rows, epoch * rows).argsort(stable=True)
+            order = random_bits(stack.keys[:, 1], rows, epoch * rows).argsort(stable=True)
         for batch in order.tensor_split(cuts, dim=1):
             yield x[batch], y[batch]
 
 
-ELEMENTWISE = (StackedDropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh)
+def fast_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of an nn.Sequential that needs no vmap, or none."""
+    layers = dict(model.named_children())
+    elementwise = (StackedDropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh)
+    simple = type(model) is nn.Sequential and len(layers) == len(model)
+    for layer in layers.values():
+        affine = type(layer) is nn.Linear and layer.bias is not None
+        simple = simple and (affine or type(layer) in elementwise)
+    return layers if simple else {}
 
 
 def forward(stack: Stack, x: Tensor) -> Tensor:
     """The outputs [trials, rows, ...] of each trial's model for its x, [trials, rows, ...]."""
-    model, state = stack.model, stack.state
-    layers = dict(model.named_children())
-    simple = type(model) is nn.Sequential and len(layers) == len(model) and x.ndim == 3
-    for layer in layers.values():
-        affine = type(layer) is nn.Linear and layer.bias is not None
-        simple = simple and (affine or type(layer) in ELEMENTWISE)
-    if simple:  # the fast path: without vmap
-        for name, layer in layers.items():
+    if stack.layers and x.ndim == 3:  # the fast path
+        for name, layer in stack.layers.items():
             if type(layer) is nn.Linear:
-                x = torch.baddbmm(state[f"{name}.bias"].unsqueeze(1), x, state[f"{name}.weight"].mT)
+                bias, weight = stack.state[f"{name}.bias"], stack.state[f"{name}.weight"]
+                x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
             else:
                 x = layer(x)
         return x
-
-    def of_one_trial(state: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(model, state, (x,))
-
     try:
-        return vmap(of_one_trial)(state, x)
+        return vmap(partial(functional_call, stack.model))(stack.state, x)
     except RuntimeError as error:  # vmap's, since try_model ran it in plain PyTorch
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
         modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
-        name = type(modules[-1] if modules else model).__name__
+        name = type(modules[-1] if modules else stack.model).__name__
         raise InputError(f"{name} cannot be stacked, see the README: {error}") from error
 
 
@@ -585,8 +615,7 @@ def evaluate(stack: Stack, data: Data) -> list[float]:
     stack.model.eval()
     x, y = (part.expand(len(stack.trials), *part.shape) for part in data.scored)
     outputs = torch.cat([forward(stack, part.contiguous()) for part in x.split(128, dim=1)], 1)
-    raw = (outputs * data.scales[3] + data.scales[2]).to(outputs.dtype)
-    return stacked_loss(data.loss, raw, y).tolist()
+    return stacked_loss(data.loss, data.scales[1].restore(outputs), y).tolist()
 
 
 def take_model(stack: Stack, index: int, data: Data) -> nn.Module:
@@ -600,13 +629,22 @@ def take_model(stack: Stack, index: int, data: Data) -> nn.Module:
 class RawInputs(nn.Module):
     """A trained model for raw rows: it standardises them, and turns outputs back into raw ones."""
 
-    def __init__(self, model: nn.Module, scales: list[Tensor]):
+    def __init__(self, model: nn.Module, scales: tuple[Scale, Scale]):
         super().__init__()
         self.model, self.scales = model, scales
 
     def forward(self, x: Tensor) -> Tensor:
-        x_mean, x_spread, y_mean, y_spread = self.scales
-        return self.model(standardise(x, x_mean, x_spread)) * y_spread + y_mean
+        x_scale, y_scale = self.scales
+        return y_scale.restore(self.model(x_scale.standardise(x)))
+
+
+def save_model(path: str, trial: Trial, data: Data, epochs: int) -> None:
+    """Train a trial once more, and keep its model."""
+    models = []
+    list(train_and_evaluate([trial], data, epochs, models))
+    kept = {"hyperparams": trial.hyperparams, "sizes": data.sizes}
+    kept |= {"scales": [list(scale) for scale in data.scales]}
+    torch.save(kept | {"state_dict": models[0].model.state_dict()}, path)
 
 
 def load_model(path: str) -> RawInputs:
@@ -614,7 +652,7 @@ def load_model(path: str) -> RawInputs:
     kept = torch.load(path, map_location="cpu", weights_only=True)
     model = build_model(*kept["sizes"], **split_hyperparams(kept["hyperparams"])[0])
     model.load_state_dict(kept["state_dict"])
-    return RawInputs(model, kept["scales"]).eval()
+    return RawInputs(model, tuple(Scale(*scale) for scale in kept["scales"])).eval()
 
 
 # ==== 4. The command line ========================================================================
@@ -622,21 +660,25 @@ def load_model(path: str) -> RawInputs:
 
 def report(trials: list[Trial]) -> None:
     """Print the five best, the losses of their repeats, and who is better on average."""
-    rows = [["trial", "score", "loss", *trials[0].hyperparams, "loss of repeats"]]
     best = [trial for trial in trials[:5] if not math.isnan(trial.score)]
-    repeats = [1 / np.array(trial.repeats) for trial in best if trial.repeats]
-    for trial, losses in itertools.zip_longest(best, repeats):
-        cells = [trial.number, trial.score, 1 / trial.score, *trial.hyperparams.values()]
-        cells += [f"{losses.mean():.4g} ± {losses.std():.2g}" if trial.repeats else ""]
+    losses = {trial.number: 1 / np.array(trial.repeats) for trial in best if trial.repeats}
+    rows = [["trial", "score", "loss", *trials[0].hyperparams, "loss of repeats"]]
+    for trial in best:
+        cells = [trial.number, trial.score, 1 / trial.score, *trial.hyperparams.values(), ""]
+        if trial.repeats:
+            own = losses[trial.number]
+            cells[-1] = f"{own.mean():.4g} ± {own.std():.2g}"
         rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.rjust, row, widths)))
     print(f"{sum(math.isnan(trial.score) for trial in trials)} of {len(trials)} trials diverged")
-    for trial, losses in zip(best[1:], repeats[1:], strict=False):
-        gain = repeats[0].mean() - losses.mean()
-        if gain > 2 * math.sqrt((repeats[0].var() + losses.var()) / max(1, len(losses) - 1)) > 0:
-            print(f"trial {trial.number} is better on average, by {gain:.4g}: the best had luck")
+    for number, own in losses.items():
+        first = losses[best[0].number]
+        gain = first.mean() - own.mean()
+        error = math.sqrt((first.var() + own.var()) / max(1, len(own) - 1))  # of the gain
+        if len(own) > 1 and gain > 2 * error:
+            print(f"trial {number} is better on average, by {gain:.4g}: the best had luck")
 
 
 def main() -> int:
@@ -659,28 +701,23 @@ def main() -> int:
         parser.error(f"--save {args.save}: there is no such folder")
     numbers = args.trials if args.trial is None else [args.trial]
     options = {"device": args.device, "log": args.log, "repeats": args.repeats}
-    status = 0
     try:
         trials = search(args.task, numbers, args.epochs, args.seed, **options)
+        if launched()[0] > 0:
+            return 0
+        if args.save:
+            save_model(args.save, trials[0], prepare(args.task, args.device), args.epochs)
+        report(trials)
+        print(trials[0].hyperparams, flush=True)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except sqlite3.Error as error:
         parser.exit(2, f"{parser.prog}: error: --log {args.log}: {error}\n")
-    except KeyboardInterrupt as interrupt:
-        trials, status = getattr(interrupt, "finished", []), 130
-    if os.environ.get("RANK", "0") != "0" or not trials:
-        return status
-    if args.save and not status:
-        data, models = prepare(args.task, args.device), []
-        list(train_and_evaluate(trials[:1], data, args.epochs, models))
-        kept = {"hyperparams": trials[0].hyperparams, "sizes": data.sizes, "scales": data.scales}
-        torch.save(kept | {"state_dict": models[0].model.state_dict()}, args.save)
-    try:
-        report(trials)
-        print(trials[0].hyperparams, flush=True)
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # its reader has left; at exit Python would complain once more
-        os._exit(status)
-    return status or int(math.isnan(trials[0].score))
+        os._exit(0)
+    return int(math.isnan(trials[0].score))
 
 
 if __name__ == "__main__":
