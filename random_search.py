@@ -157,10 +157,11 @@ def random_search(
         trials = ranked(trials)
         finals = [replace(trial, repeat=1 + n) for trial in trials[:5] for n in range(repeats)]
         run_missing(train_and_evaluate, finals, database, key)
-    except BaseException as error:
+    except (InputError, sqlite3.Error):
+        raise  # one line on the command line, and a broken log has nothing to report
+    except BaseException:
         read_scores(database, key, trials)
-        finished = ranked(trials)
-        if finished and not isinstance(error, InputError):
+        if finished := ranked(trials):
             with contextlib.redirect_stdout(sys.stderr):
                 report(finished)
         raise
@@ -707,17 +708,19 @@ def main() -> int:
             return 0
         if args.save:
             save_model(args.save, trials[0], prepare(args.task, args.device), args.epochs)
-        report(trials)
-        print(trials[0].hyperparams, flush=True)
+        status = int(math.isnan(trials[0].score))
+        try:
+            report(trials)
+            print(trials[0].hyperparams, flush=True)
+        except BrokenPipeError:  # its reader has left; at exit Python would complain once more
+            os._exit(status)
+        return status
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except sqlite3.Error as error:
         parser.exit(2, f"{parser.prog}: error: --log {args.log}: {error}\n")
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # its reader has left; at exit Python would complain once more
-        os._exit(0)
-    return int(math.isnan(trials[0].score))
 
 
 if __name__ == "__main__":

@@ -611,6 +611,21 @@ def test_a_reader_that_leaves_early_costs_nothing():
     assert (run.returncode, run.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk is full"), BrokenPipeError()])
+def test_an_error_half_way_is_neither_lost_nor_longer_than_a_line(error, monkeypatch, capsys):
+    def fails(trials, data, epochs):
+        yield trials[0], 1.0
+        raise error
+
+    monkeypatch.setattr(rs, "train_and_evaluate", fails)
+    if isinstance(error, BrokenPipeError):  # of the reader's own training, not of the report
+        with pytest.raises(BrokenPipeError):
+            call(monkeypatch, capsys, "--trials", 2)
+    else:
+        status, out, err = call(monkeypatch, capsys, "--trials", 2)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+
+
 def open_together(barrier, paths, errors):
     for path in paths:
         barrier.wait()
