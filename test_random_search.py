@@ -907,6 +907,7 @@ def test_it_runs_without_the_modules_that_windows_lacks():
 
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
+README_CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -919,12 +920,34 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("code", README_CODE)
 def test_the_code_of_the_readme_runs_as_written(code, folder):
     (folder / "mine.py").write_text(code, encoding="utf-8")
     options = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(HERE)}, "check": False}
     run = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, **options)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_statistics_of_the_readme_are_right(folder, tmp_path):
+    def train_and_evaluate(trials):
+        for trial in trials:
+            yield trial, trial.hyperparams["acts"] or math.nan
+
+    space = {"acts": [0, 1, 2, 3], "idle": [1, 2], "name": ["a", "b"]}
+    trials = rs.random_search(train_and_evaluate, space, 64, log=str(tmp_path / "trials.db"))
+    (tmp_path / "best.pt").write_bytes((folder / "best.pt").read_bytes())
+    (code,) = [code for code in README_CODE if "variation in rank" in code]
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(HERE)}, "text": True}
+    run = subprocess.run([sys.executable, "mine.py"], stdout=subprocess.PIPE, check=True, **options)
+    assert "acts: 100% of the variation in rank, best from 3 to 3\n" in run.stdout
+    share = re.search(r"idle: (\d+)% of the variation in rank, best from 1 to 2\n", run.stdout)
+    assert int(share[1]) < 10  # 1 / 63 is expected by chance
+    scores = [trial.hyperparams["acts"] for trial in trials]
+    pairs = [max(pair) for pair in itertools.combinations(scores, 2)]
+    assert f"expected best of 1 trials: {np.mean(scores):.4g}\n" in run.stdout
+    assert f"expected best of 2 trials: {np.mean(pairs):.4g}\n" in run.stdout
+    assert "expected best of 64 trials: 3\n" in run.stdout
 
 
 def test_the_readme_names_the_options_that_exist():
