@@ -544,13 +544,13 @@ def stack_models(trials: list[Trial], data: Data) -> Stack:
                 rates = torch.tensor([[m.get_submodule(name).p] for m in models], device=device)
                 dropouts[module] = StackedDropout(keys[:, 2 + len(dropouts)], rates)
             model.set_submodule(name, dropouts[module])
-    state = dict(model.named_buffers()) | state
     memory = []
-    for name, value in parameters.items():
-        # In memory [trials, in, out], as its gradient will be: else autograd copies each gradient
-        values = value.detach().mT.contiguous().mT if value.ndim == 3 else value.detach()
-        state[name] = values.detach().requires_grad_(value.requires_grad)
-        memory.append((state[name], values.movedim(0, -1), {}))
+    for parameter in parameters.values():
+        if parameter.ndim == 3:
+            # In memory [trials, in, out], as its gradient will be: else autograd copies each
+            parameter.data = parameter.data.mT.contiguous().mT
+        memory.append((parameter, parameter.data.movedim(0, -1), {}))
+    state = dict(model.named_buffers()) | state | parameters
     hyperparams = {}
     for name in split_hyperparams(trials[0].hyperparams)[1]:
         values = [float(trial.hyperparams[name]) for trial in trials]
