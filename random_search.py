@@ -229,7 +229,7 @@ def show_progress(trials: list[Trial], rate: float) -> None:
 
 def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]:
     """The database at path, or in memory, and the key in it of the search of these settings."""
-    check(path is None or path, "the log must have a name")
+    check(path != "", "the log must have a name")
     database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
     tables = {table for (table,) in database.execute("SELECT tbl_name FROM sqlite_master")}
     check(tables <= {"searches", "trials"}, "the log is a database of something else")
@@ -242,16 +242,15 @@ def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]
     database.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}, {unique})")
     text = json.dumps(settings, default=describe)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    others = dict(database.execute("SELECT search, settings FROM searches"))
-    database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [key, text])
     here = json.loads(text)
     edits = []
-    for other in map(json.loads, others.values()):
+    for (other,) in database.execute("SELECT settings FROM searches"):
+        other = json.loads(other)
         edited = [name for name in here | other if here.get(name) != other.get(name)]
         edits += [edited] if "task" not in edited else []
-    if edits and key not in others:
-        edited = ", ".join(min(edits, key=len))
+    if edited := ", ".join(min(edits, key=len, default=[])):  # none if the log has this search
         print(f"{path}: a new search, since this was edited: {edited}", file=sys.stderr)
+    database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [key, text])
     return database, key
 
 
