@@ -359,8 +359,8 @@ def step(stack: Stack) -> None:
             parameter.grad = None
 
 
-def read_rows(name: str) -> tuple[Tensor, Tensor, int]:
-    """x and y of a task, checked, and how many classes y has: 0 if it holds numbers."""
+def read_rows(name: str) -> tuple[Tensor, Tensor]:
+    """x and y of a task, checked: y holds floats, [rows, outputs], or classes as 0, 1, ..."""
     task = TASKS[name]
     try:
         x, y = (np.asarray(r.detach().cpu() if isinstance(r, Tensor) else r) for r in task[:2])
@@ -369,12 +369,11 @@ def read_rows(name: str) -> tuple[Tensor, Tensor, int]:
     check(len(x) == len(y) > 0, f"task {name}: x has {len(x)} rows, y has {len(y)}")
     loss = getattr(task.loss, "func", task.loss)  # of a partial
     own = loss.__module__ != "torch.nn.functional"
-    classes = 0
-    if loss in (F.cross_entropy, F.nll_loss) or (own and y.dtype.kind != "f"):
+    classes = loss in (F.cross_entropy, F.nll_loss) or (own and y.dtype.kind != "f")
+    if classes:
         y = y.astype(str) if y.dtype.kind == "O" else y
-        labels, codes = np.unique(y, return_inverse=True)
+        codes = np.unique(y, return_inverse=True)[1]
         y = codes.reshape(len(y), *y.shape[2 if y.shape[1:] == (1,) else 1 :])
-        classes = len(labels)
     for values in (x, y):
         fit = values.dtype.kind in "biuf" and np.abs(values).max() < 3e38  # of float32; NaN is not
         check(fit, f"task {name}: x and y must be finite numbers")
@@ -382,12 +381,12 @@ def read_rows(name: str) -> tuple[Tensor, Tensor, int]:
     y = torch.tensor(y if classes else y.astype(float))
     x = x[:, None] if x.ndim == 1 else x
     y = y[:, None] if y.ndim == 1 and not classes else y
-    return x, y, classes
+    return x, y
 
 
 def prepare(name: str, device: str = "cpu") -> Data:
     """The rows of a task, split, standardised and on the device."""
-    x, y, classes = read_rows(name)
+    x, y = read_rows(name)
     rows = np.arange(len(x))
     scored = TASKS[name].held_out
     if isinstance(scored, float):  # drawn, since rows often come in some order
@@ -395,6 +394,7 @@ def prepare(name: str, device: str = "cpu") -> Data:
     train = rows if scored is None else np.delete(rows, scored)
     scored = rows if scored is None else rows[scored]
     check(len(train) and len(scored), f"task {name}: held_out is empty, or all rows are in it")
+    classes = not y.is_floating_point()
     if classes and not np.isin(y[scored], y[train]).all():
         print(f"task {name}: some classes are only in the rows to score", file=sys.stderr)
     try:
@@ -404,7 +404,7 @@ def prepare(name: str, device: str = "cpu") -> Data:
     x_scale, y_scale = scale(x[train]), scale(y[train])
     x, standard = x_scale.standardise(x).to(device), y_scale.standardise(y).to(device)
     y = y.to(standard)
-    sizes = (x.shape[1], classes or y.shape[1])
+    sizes = (x.shape[1], int(y.max()) + 1 if classes else y.shape[1])
     training = (x[train], standard[train])
     return Data(TASKS[name].loss, training, (x[scored], y[scored]), sizes, (x_scale, y_scale))
 
