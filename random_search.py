@@ -148,8 +148,8 @@ def random_search(
     check(trials, "there are no trials to run")
     check(log or launched()[1] == 1, "several processes need a log, to share the trials by")
     settings |= {"train_and_evaluate": getattr(train_and_evaluate, "func", train_and_evaluate)}
-    cells = {name: getattr(values, "__closure__", None) or () for name, values in space.items()}
-    enclosed = [cell.cell_contents for name in cells for cell in cells[name]]  # by a function
+    functions = filter(inspect.isfunction, space.values())
+    enclosed = [inspect.getclosurevars(function).nonlocals for function in functions]
     settings |= {"seed": seed, "space": space, "enclosed": enclosed}
     database, key = open_log(log, settings)
     try:
