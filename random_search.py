@@ -401,12 +401,13 @@ def prepare(name: str, device: str = "cpu") -> Data:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError):
         raise InputError(f"device {device} is not to be had here") from None
-    x_scale, y_scale = scale(x[train]), scale(y[train])
-    x, standard = x_scale.standardise(x).to(device), y_scale.standardise(y).to(device)
-    y = y.to(standard)
+    scales = (scale(x[train]), scale(y[train]))
+    x = scales[0].standardise(x).to(device)
+    targets = scales[1].standardise(y).to(device)
+    y = y.to(targets)  # its dtype and device, but in its own units
     sizes = (x.shape[1], int(y.max()) + 1 if classes else y.shape[1])
-    training = (x[train], standard[train])
-    return Data(TASKS[name].loss, training, (x[scored], y[scored]), sizes, (x_scale, y_scale))
+    training = (x[train], targets[train])
+    return Data(TASKS[name].loss, training, (x[scored], y[scored]), sizes, scales)
 
 
 def scale(rows: Tensor) -> Scale:
@@ -560,7 +561,8 @@ def stack_models(trials: list[Trial], data: Data) -> Stack:
 def batches(stack: Stack, data: Data, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """x and y [trials, batch, ...] of each step; every trial has its own order in every epoch."""
     x, y = data.train
-    rows, batch_size = len(x), stack.trials[0].hyperparams["batch_size"]
+    rows = len(x)
+    batch_size = stack.trials[0].hyperparams["batch_size"]
     # A last batch of one row, too few for BatchNorm, joins the one before.
     cuts = list(range(batch_size, rows - (batch_size > 1), batch_size))
     order = torch.arange(rows, device=x.device).expand(len(stack.trials), -1)
@@ -587,8 +589,9 @@ def forward(stack: Stack, x: Tensor) -> Tensor:
     if stack.layers and x.ndim == 3:  # the fast path
         for name, layer in stack.layers.items():
             if type(layer) is nn.Linear:
-                bias, weight = stack.state[f"{name}.bias"], stack.state[f"{name}.weight"]
-                x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+                weight = stack.state[f"{name}.weight"]
+                bias = stack.state[f"{name}.bias"].unsqueeze(1)
+                x = torch.baddbmm(bias, x, weight.mT)
             else:
                 x = layer(x)
         return x
@@ -631,7 +634,8 @@ class RawInputs(nn.Module):
 
     def __init__(self, model: nn.Module, scales: tuple[Scale, Scale]):
         super().__init__()
-        self.model, self.scales = model, scales
+        self.model = model
+        self.scales = scales
 
     def forward(self, x: Tensor) -> Tensor:
         x_scale, y_scale = self.scales
