@@ -116,12 +116,9 @@ def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 0)))
     sample = {}
     for name, values in space.items():
-        if callable(values):
-            value = values(generator)
-        else:
-            listed = isinstance(values, list | tuple | range | np.ndarray | Tensor) and len(values)
-            check(listed, f"space: {name} must be a list of values or a function")
-            value = values[generator.integers(len(values))]
+        listed = isinstance(values, list | tuple | range | np.ndarray | Tensor) and len(values)
+        check(listed or callable(values), f"space: {name} must be a list of values or a function")
+        value = values[generator.integers(len(values))] if listed else values(generator)
         value = value.item() if isinstance(value, np.generic | Tensor) else value
         sample[name] = float(f"{value:.15g}") if isinstance(value, float) else value  # no 0.1 + 0.2
     return sample
