@@ -144,10 +144,10 @@ def random_search(
     trials = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers]
     check(trials, "there are no trials to run")
     check(log or launched()[1] == 1, "several processes need a log, to share the trials by")
-    settings |= {"train_and_evaluate": getattr(train_and_evaluate, "func", train_and_evaluate)}
     functions = filter(inspect.isfunction, space.values())
     enclosed = [inspect.getclosurevars(function).nonlocals for function in functions]
-    settings |= {"seed": seed, "space": space, "enclosed": enclosed}
+    settings |= {"train_and_evaluate": train_and_evaluate, "seed": seed}
+    settings |= {"space": space, "enclosed": enclosed}
     database, key = open_log(log, settings)
     try:
         run_missing(train_and_evaluate, trials, database, key)
@@ -318,7 +318,10 @@ def search(
     settings |= {"device": data.train[0].device.type, "torch": torch.__version__}
     settings |= {"build_model": build_model, "update": update, "loss": data.loss}
     settings |= {type(layer).__name__: type(layer) for layer in make_model(trial, data).modules()}
-    train = partial(train_and_evaluate, data=data, epochs=epochs)
+
+    def train(trials: list[Trial]) -> Iterator[tuple[Trial, float]]:
+        return train_and_evaluate(trials, data, epochs)
+
     return random_search(train, HYPERPARAMS, trials, seed, **settings, **options)
 
 
