@@ -668,7 +668,8 @@ def report(trials: list[Trial]) -> None:
     losses = {trial.number: 1 / np.array(trial.repeats) for trial in best if trial.repeats}
     rows = [["trial", "score", "loss", *trials[0].hyperparams, "loss of repeats"]]
     for trial in best:
-        cells = [trial.number, trial.score, 1 / trial.score, *trial.hyperparams.values(), ""]
+        loss = 1 / trial.score if trial.score else math.inf
+        cells = [trial.number, trial.score, loss, *trial.hyperparams.values(), ""]
         if trial.repeats:
             own = losses[trial.number]
             cells[-1] = f"{own.mean():.4g} ± {own.std():.2g}"
