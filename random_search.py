@@ -120,7 +120,8 @@ def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
         check(listed or callable(values), f"space: {name} must be a list of values or a function")
         value = values[generator.integers(len(values))] if listed else values(generator)
         value = value.item() if isinstance(value, np.generic | Tensor) else value
-        sample[name] = float(f"{value:.15g}") if isinstance(value, float) else value  # no 0.1 + 0.2
+        # 0.3, not linspace's 0.30000000000000004
+        sample[name] = float(f"{value:.15g}") if isinstance(value, float) else value
     return sample
 
 
@@ -157,7 +158,7 @@ def random_search(
     except (InputError, sqlite3.Error):
         raise  # one line on the command line, and a broken log has nothing to report
     except BaseException:
-        read_scores(database, key, trials)
+        fill_in_scores(database, key, trials)
         if finished := ranked(trials):
             with contextlib.redirect_stdout(sys.stderr):
                 report(finished)
@@ -180,7 +181,7 @@ def run_missing(
 ) -> None:
     """Train what the log has not: of it this process's share, then whatever is left."""
     rank, processes = launched()
-    while missing := read_scores(database, key, trials):
+    while missing := fill_in_scores(database, key, trials):
         trial = None
         begun = time.monotonic()
         previous = begun
@@ -188,19 +189,20 @@ def run_missing(
         for trial, score in train_and_evaluate(missing[rank::processes] or missing):
             now = time.monotonic()
             row = [key, trial.number, trial.repeat, score if math.isfinite(score) else None]
-            row += [json.dumps(trial.hyperparams, default=repr), trial.seconds or now - previous]
+            seconds = trial.seconds or now - previous  # a stack has shared out its own
+            row += [json.dumps(trial.hyperparams, default=repr), seconds]
             database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
             previous = now
             if rank == 0 and sys.stderr.isatty() and now > shown + 0.5:
                 shown = now
-                ran = len(missing) - len(read_scores(database, key, trials))
+                ran = len(missing) - len(fill_in_scores(database, key, trials))
                 show_progress(trials, ran / (now - begun))
         check(trial, "train_and_evaluate yielded no score")
         if shown > begun:
             print(" " * 79, end="\r", file=sys.stderr)
 
 
-def read_scores(database: sqlite3.Connection, key: str, trials: list[Trial]) -> list[Trial]:
+def fill_in_scores(database: sqlite3.Connection, key: str, trials: list[Trial]) -> list[Trial]:
     """Set the scores of those of trials that the log has; return the others."""
     query = "SELECT number, repeat, score, seconds FROM trials WHERE search = ?"
     done = {row[:2]: row[2:] for row in database.execute(query, [key])}
@@ -296,7 +298,7 @@ class Stack(NamedTuple):
     model: nn.Module  # of the first trial, for its structure
     layers: dict[str, nn.Module]  # of the model, if it needs no vmap
     state: dict[str, Tensor]  # the parameters and buffers of all, [trials, ...]
-    memory: list[tuple[Tensor, Tensor, dict]]  # parameter, the same [..., trials], update's state
+    updated: list[tuple[Tensor, Tensor, dict]]  # parameter, a view of it [..., trials], state
     hyperparams: dict[str, Tensor]  # of update, [trials]
 
 
@@ -353,7 +355,7 @@ def train_and_evaluate(
 @torch.no_grad()
 def step(stack: Stack) -> None:
     """update each parameter that the loss has reached."""
-    for parameter, value, state in stack.memory:
+    for parameter, value, state in stack.updated:
         if parameter.grad is not None:
             update(value, parameter.grad.movedim(0, -1), state, **stack.hyperparams)
             parameter.grad = None
@@ -449,16 +451,17 @@ class StackedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        within_vmap = self.keys.ndim == 1
         count = x.numel() // self.rates.numel()
         masks = self.ahead
         if masks.shape[1] < count:
             # Those of many steps in one call, but not within vmap, which takes them away again.
-            steps = max(1, 2**17 // x.numel()) if self.keys.ndim == 2 else 1
+            steps = 1 if within_vmap else max(1, 2**17 // x.numel())
             bits = random_bits(self.keys, steps * count, self.used).float()
             # 1 or 0, since bits are whole numbers; a comparison takes three times as long
             masks = (bits - (self.rates * 2**32 - 2**31)).clamp(0, 1) / (1 - self.rates)
         self.used += count
-        if self.keys.ndim == 2:
+        if not within_vmap:
             self.ahead = masks[:, count:]
         return x * masks[..., :count].view(x.shape)
 
@@ -482,7 +485,8 @@ def make_model(trial: Trial, data: Data) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed of the CPU alone: of all devices it takes 90 us
         torch.default_generator.manual_seed(int(trial_keys(trial)[0, 0]))
-        model = build_model(*data.sizes, **split_hyperparams(trial.hyperparams)[0])
+        for_model, _ = split_hyperparams(trial.hyperparams)
+        model = build_model(*data.sizes, **for_model)
     return model.to(data.train[0].device)
 
 
@@ -490,22 +494,23 @@ def make_stacks(trials: list[Trial], data: Data) -> list[list[Trial]]:
     """Group the trials whose models differ in nothing but weights and rates of dropout."""
     groups = {}
     for trial in trials:
-        arguments, _ = split_hyperparams(trial.hyperparams)
-        shape = {name: value for name, value in arguments.items() if "dropout" not in name}
+        for_model, _ = split_hyperparams(trial.hyperparams)
+        shape = {name: value for name, value in for_model.items() if "dropout" not in name}
         batch_size = trial.hyperparams["batch_size"]
         check(isinstance(batch_size, int) and batch_size > 0, f"batch_size is {batch_size!r}")
         batch_size = min(batch_size, len(data.train[0]))
         groups.setdefault(repr((batch_size, shape)), []).append(trial)
     stacks = []
     for group in groups.values():
-        most = max(2, (2**22 if data.train[0].is_cpu else 2**28) // try_model(group[0], data))
+        floats = 2**22 if data.train[0].is_cpu else 2**28  # on a CPU what its caches serve best
+        most = max(2, floats // try_model(group[0], data))
         count = math.ceil(len(group) / most)
         stacks += [group[start::count] for start in range(count)]
     return stacks
 
 
 def try_model(trial: Trial, data: Data) -> int:
-    """Run a trial's model in plain PyTorch, where errors of its own show best; return its size.
+    """Run and check a trial's model in plain PyTorch, where its own errors show best; its size.
 
     The size counts floats: weights, and what the modules return; each is needed twice in training.
     """
@@ -544,18 +549,19 @@ def stack_models(trials: list[Trial], data: Data) -> Stack:
                 rates = torch.tensor([[m.get_submodule(name).p] for m in models], device=device)
                 dropouts[module] = StackedDropout(keys[:, 2 + len(dropouts)], rates)
             model.set_submodule(name, dropouts[module])
-    memory = []
+    updated = []
     for parameter in parameters.values():
         if parameter.ndim == 3:
             # In memory [trials, in, out], as its gradient will be: else autograd copies each
             parameter.data = parameter.data.mT.contiguous().mT
-        memory.append((parameter, parameter.data.movedim(0, -1), {}))
+        updated.append((parameter, parameter.data.movedim(0, -1), {}))
     state = dict(model.named_buffers()) | state | parameters
     hyperparams = {}
-    for name in split_hyperparams(trials[0].hyperparams)[1]:
+    _, for_update = split_hyperparams(trials[0].hyperparams)
+    for name in for_update:
         values = [float(trial.hyperparams[name]) for trial in trials]
         hyperparams[name] = torch.tensor(values, device=device)
-    return Stack(trials, keys, model, fast_layers(model), state, memory, hyperparams)
+    return Stack(trials, keys, model, fast_layers(model), state, updated, hyperparams)
 
 
 def batches(stack: Stack, data: Data, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -577,6 +583,7 @@ def fast_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of an nn.Sequential that needs no vmap, or none."""
     layers = dict(model.named_children())
     elementwise = (StackedDropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh)
+    # named_children leaves out repeats: a layer in two places is not simple
     simple = type(model) is nn.Sequential and len(layers) == len(model)
     for layer in layers.values():
         affine = type(layer) is nn.Linear and layer.bias is not None
@@ -654,7 +661,8 @@ def save_model(path: str, trial: Trial, data: Data, epochs: int) -> None:
 def load_model(path: str) -> RawInputs:
     """The model that --save kept, in eval mode, for raw rows."""
     kept = torch.load(path, map_location="cpu", weights_only=True)
-    model = build_model(*kept["sizes"], **split_hyperparams(kept["hyperparams"])[0])
+    for_model, _ = split_hyperparams(kept["hyperparams"])
+    model = build_model(*kept["sizes"], **for_model)
     model.load_state_dict(kept["state_dict"])
     return RawInputs(model, tuple(Scale(*scale) for scale in kept["scales"])).eval()
 
