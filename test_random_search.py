@@ -201,16 +201,22 @@ def tied(inputs, outputs, hidden_size, num_layers, dropout):
     return Tied(inputs, outputs, hidden_size, dropout)
 
 
-def sequential(inputs, outputs, hidden_size, num_layers, dropout):
-    """What the fast path must leave to vmap: a dropout in two places, a Linear without bias."""
+def shared(inputs, outputs, hidden_size, num_layers, dropout):
+    """The fast path must leave it to vmap: a dropout stands in two places."""
     same = nn.Dropout(dropout)
     layers = [nn.Linear(inputs, 32), same, nn.ReLU(), nn.Linear(32, 32), same]
-    return nn.Sequential(*layers, nn.Linear(32, outputs, bias=num_layers > 1))
+    return nn.Sequential(*layers, nn.Linear(32, outputs))
+
+
+def without_bias(inputs, outputs, hidden_size, num_layers, dropout):
+    """The fast path must leave it to vmap, too."""
+    return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, outputs, bias=False))
 
 
 MODELS = {
-    "shared dropout": ("two outputs", sequential),
-    "no bias": ("two outputs", lambda inputs, outputs, **_: nn.Linear(inputs, outputs, bias=False)),
+    "shared dropout": ("two outputs", shared),
+    "no bias": ("two outputs", without_bias),
+    "one layer": ("two outputs", lambda inputs, outputs, **_: nn.Linear(inputs, outputs)),
     "tied weights": ("two outputs", tied),
     "activations": ("three classes", dense(lambda size: nn.Tanh(), lambda size: nn.LeakyReLU())),
     "LayerNorm": ("two outputs", dense(nn.LayerNorm, lambda size: nn.GELU())),
@@ -888,6 +894,16 @@ def test_bad_arguments_are_told_before_any_work(arguments, named, monkeypatch, c
     status, out, err = call(monkeypatch, capsys, *arguments)
     assert (status, out) == (2, "")
     assert named in err.splitlines()[-1]
+
+
+def test_only_a_clear_gain_of_the_repeats_is_told(capsys):
+    trials = [rs.Trial(n, 0, {}, score=1 / (1 + n), seconds=1.0) for n in range(4)]
+    losses = [[0.9, 1.0, 1.1], [0.8, 0.9, 1.0], [0.1, 0.2, 0.3], [0.1]]
+    for trial, own in zip(trials, losses, strict=True):
+        trial.repeats = [1 / loss for loss in own]
+    rs.report(trials)
+    told = [line for line in capsys.readouterr().out.splitlines() if "better" in line]
+    assert told == ["trial 2 is better on average, by 0.8: the best had luck"]
 
 
 def test_all_diverged_is_status_1(monkeypatch, capsys):
