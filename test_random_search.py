@@ -961,7 +961,7 @@ def test_the_statistics_of_the_readme_are_right(folder, tmp_path):
         for trial in trials:
             yield trial, trial.hyperparams["acts"] or math.nan
 
-    space = {"acts": [0, 1, 2, 3], "idle": [1, 2], "name": ["a", "b"]}
+    space = {"acts": [0, 1, 2, 3], "idle": [1, 2], "any": ["a", None, (1, 2)]}
     trials = rs.random_search(train_and_evaluate, space, 64, log=str(tmp_path / "trials.db"))
     (tmp_path / "best.pt").write_bytes((folder / "best.pt").read_bytes())
     (code,) = [code for code in README_CODE if "variation in rank" in code]
@@ -971,6 +971,7 @@ def test_the_statistics_of_the_readme_are_right(folder, tmp_path):
     assert "acts: 100% of the variation in rank, best from 3 to 3\n" in run.stdout
     share = re.search(r"idle: (\d+)% of the variation in rank, best from 1 to 2\n", run.stdout)
     assert int(share[1]) < 10  # 1 / 63 is expected by chance
+    assert re.search(r"any: \d+% of the variation in rank, best from None to a\n", run.stdout)
     scores = [trial.hyperparams["acts"] for trial in trials]
     pairs = [max(pair) for pair in itertools.combinations(scores, 2)]
     assert f"expected best of 1 trials: {np.mean(scores):.4g}\n" in run.stdout
