@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node=2 -- random_search.py --trials 10000 --log trials.db
 
 You write a model, a loss and an update for one trial, in ordinary PyTorch; torch.func trains a
-stack of trials at once: 100 small conv nets in a fifth of a loop's time on two cores. All that is
+stack of trials at once: 100 small conv nets in a quarter of a loop's time on two cores. All that is
 random about a trial is a function of (seed, number): on an x86-64 CPU its score is the same bit for
 bit alone, in any stack, on several processes, resumed or not.
 
