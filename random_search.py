@@ -241,15 +241,16 @@ def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]
     database.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}, {unique})")
     text = json.dumps(settings, default=describe)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    added = database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [key, text]).rowcount
     here = json.loads(text)
     edits = []
-    for (other,) in database.execute("SELECT settings FROM searches"):
+    for (other,) in database.execute("SELECT settings FROM searches WHERE search != ?", [key]):
         other = json.loads(other)
         edited = [name for name in here | other if here.get(name) != other.get(name)]
         edits += [edited] if "task" not in edited else []
-    if edited := ", ".join(min(edits, key=len, default=[])):  # none if the log has this search
+    if added and edits:
+        edited = ", ".join(min(edits, key=len))
         print(f"{path}: a new search, since this was edited: {edited}", file=sys.stderr)
-    database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [key, text])
     return database, key
 
 
