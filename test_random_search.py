@@ -531,6 +531,13 @@ def test_a_function_in_the_space_is_known_by_what_it_encloses(tmp_path):
     assert len(rows_of(tmp_path / "log")) == 6
 
 
+def test_a_resumed_search_is_not_told_as_new_whatever_its_settings(tmp_path, capsys):
+    options = {"log": str(tmp_path / "log"), "threshold": math.nan}  # no equal of itself
+    for _ in range(2):
+        rs.random_search(negative_square, {"x": [1.0]}, 3, **options)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_function_that_yields_nothing_is_an_error():
     with pytest.raises(rs.InputError, match="no score"):
         rs.random_search(lambda trials: [], {"x": [0]}, 1)
@@ -948,12 +955,17 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("code", README_CODE)
-def test_the_code_of_the_readme_runs_as_written(code, folder):
+def output_of(code, folder):
     (folder / "mine.py").write_text(code, encoding="utf-8")
     options = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(HERE)}, "check": False}
     run = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, **options)
     assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("code", README_CODE)
+def test_the_code_of_the_readme_runs_as_written(code, folder):
+    output_of(code, folder)
 
 
 def test_the_statistics_of_the_readme_are_right(folder, tmp_path):
@@ -965,18 +977,16 @@ def test_the_statistics_of_the_readme_are_right(folder, tmp_path):
     trials = rs.random_search(train_and_evaluate, space, 64, log=str(tmp_path / "trials.db"))
     (tmp_path / "best.pt").write_bytes((folder / "best.pt").read_bytes())
     (code,) = [code for code in README_CODE if "variation in rank" in code]
-    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
-    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(HERE)}, "text": True}
-    run = subprocess.run([sys.executable, "mine.py"], stdout=subprocess.PIPE, check=True, **options)
-    assert "acts: 100% of the variation in rank, best from 3 to 3\n" in run.stdout
-    share = re.search(r"idle: (\d+)% of the variation in rank, best from 1 to 2\n", run.stdout)
+    out = output_of(code, tmp_path)
+    assert "acts: 100% of the variation in rank, best from 3 to 3\n" in out
+    share = re.search(r"idle: (\d+)% of the variation in rank, best from 1 to 2\n", out)
     assert int(share[1]) < 10  # 1 / 63 is expected by chance
-    assert re.search(r"any: \d+% of the variation in rank, best from None to a\n", run.stdout)
+    assert re.search(r"any: \d+% of the variation in rank, best from None to a\n", out)
     scores = [trial.hyperparams["acts"] for trial in trials]
     pairs = [max(pair) for pair in itertools.combinations(scores, 2)]
-    assert f"expected best of 1 trials: {np.mean(scores):.4g}\n" in run.stdout
-    assert f"expected best of 2 trials: {np.mean(pairs):.4g}\n" in run.stdout
-    assert "expected best of 64 trials: 3\n" in run.stdout
+    assert f"expected best of 1 trials: {np.mean(scores):.4g}\n" in out
+    assert f"expected best of 2 trials: {np.mean(pairs):.4g}\n" in out
+    assert "expected best of 64 trials: 3\n" in out
 
 
 def test_the_readme_names_the_options_that_exist():
