@@ -1,57 +1,66 @@
 """Random search over hyperparameters in PyTorch, in one file: the trials train side by side.
 
     python random_search.py --task regression --trials 1000 --log trials.db --save best.pt
-    torchrun --standalone --nproc-per-node=2 -- random_search.py --trials 10000 --log trials.db
+    python random_search.py --trials 10000 --processes 8
 
-You write a model, a loss and an update for one trial, in ordinary PyTorch; torch.func trains a
-stack of trials at once: 100 small conv nets in a quarter of a loop's time on two cores. All that is
-random about a trial is a function of (seed, number): on an x86-64 CPU its score is the same bit for
-bit alone, in any stack, on several processes, resumed or not.
+You write a model, a loss and an update for one trial, in ordinary PyTorch. Where a trial was seen
+to train in a stack of others as it does alone, torch.func trains a whole stack at once; all else
+trains one at a time, by the same code. All that is random about a trial is a function of (seed,
+number, repeat): on a CPU its score is the same bit for bit alone, in any stack, on any number of
+processes, resumed or not.
 
-Left out on purpose: other samplers, pruning, schedules, data that does not fit in memory.
+Left out on purpose: other samplers, pruning, data that does not fit in memory.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import inspect
+import io
+import itertools
 import json
 import math
 import os
+import pickle
+import random
+import re
 import sqlite3
 import sys
+import sysconfig
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-# Without it MKL picks kernels by memory alignment, and last bits would depend on the stack.
+# MKL reads this when torch loads it: the last bits of its products do not depend on the stack then.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-# Once a net has learnt its rows, gradients underflow: subnormal numbers are 3 to 15 times slower.
-torch.set_flush_denormal(True)
-# glibc gives freed memory back, and each step faults it in anew, unless a large block was freed.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
+if "OMP_NUM_THREADS" not in os.environ:  # two threads wait for each other at every layer,
+    torch.set_num_threads(1)  # and crawl on a busy machine
+torch.set_flush_denormal(True)  # gradients that underflow would be 3 to 15 times slower
 
-# ==== 1. Edit here: the space, the model, the update, the tasks ==================================
+# ==== 1. Edit here: the space, the model, the update, the data ===================================
 
-# A value is a list (each element equally likely) or a function of a numpy.random.Generator.
-# batch_size is the training loop's; the other keys are arguments of update or of build_model.
-# Trials that share build_model's keys train side by side, so let these have few values; only a
-# key with "dropout" in its name may have many: it must be nothing but the rate of an nn.Dropout.
+# A value is a list, each element equally likely, or a function of a numpy.random.Generator.
+# Trials that differ in floats train side by side; any other difference makes another stack.
 HYPERPARAMS = {
     "lr": np.linspace(0.001, 0.1, 100),  # or: lambda generator: 10 ** generator.uniform(-4, -1)
-    "batch_size": [16, 32, 64, 128],
-    "hidden_size": [32, 64, 128, 256],
+    "batch_size": [16, 32, 64, 128],  # of the training loop; the others are arguments of
+    "hidden_size": [32, 64, 128, 256],  # update or of build_model
     "num_layers": [1, 2, 3, 4],
     "dropout": np.linspace(0.1, 0.5, 5),
 }
@@ -66,674 +75,1022 @@ def build_model(inputs, outputs, hidden_size, num_layers, dropout) -> nn.Module:
 
 
 def update(parameter: Tensor, gradient: Tensor, state: dict, lr: Tensor) -> None:
-    """Plain SGD, in place; state, empty at first, is yours to fill.
-
-    The last dimension of each is the trials, so elementwise arithmetic reads as for one trial.
-    """
+    """Plain SGD, in place. The first dimension of each tensor is the trials; state is yours."""
     parameter.addcmul_(gradient, lr, value=-1)  # parameter -= lr * gradient, in one pass
 
 
 class Task(NamedTuple):
-    x: Sequence  # [rows, ...]; flat rows of floats are standardised by the training rows
-    y: Sequence  # numbers, [rows] or [rows, outputs], standardised likewise; or class labels
-    loss: Callable  # of one trial's (outputs, targets), as F.mse_loss is; never below 0
-    held_out: float | slice | Sequence | None = 0.2  # rows to score, or a share; None: all do both
+    train_x: Tensor  # [rows, inputs, ...]
+    train_y: Tensor  # [rows, outputs] of floats, or [rows] of classes
+    valid_x: Tensor  # the rows that score a trial
+    valid_y: Tensor
+    outputs: int  # of a model
+    loss: Callable  # of one trial's (outputs, targets), as F.mse_loss is
+    score: Callable | None = None  # of the same, for the valid rows; higher is better; None: -loss
+    space: dict = HYPERPARAMS
+    build_model: Callable = build_model
+    update: Callable = update
 
 
-ARTICLE_X = "3.3 4.4 5.5 6.71 6.93 4.168 9.779 6.182 7.59 2.167 7.042 10.791 5.313 7.997 3.1"
-ARTICLE_Y = "1.7 2.76 2.09 3.19 1.694 1.573 3.366 2.596 2.53 1.221 2.827 3.465 1.65 2.904 1.3"
-ARTICLE = np.array([ARTICLE_X.split(), ARTICLE_Y.split()], float)
-TASKS = {
-    "xor": Task([[0.0, 0], [0, 1], [1, 0], [1, 1]], [0, 1, 1, 0], F.cross_entropy, held_out=None),
-    "regression": Task(ARTICLE[0], ARTICLE[1], F.mse_loss, held_out=slice(2, None, 3)),
-}
+def xor() -> Task:
+    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    y = torch.tensor([0, 1, 1, 0])
+    return Task(x, y, x, y, outputs=2, loss=F.cross_entropy)
 
-# ==== 2. The search and its log ==================================================================
+
+def regression() -> Task:
+    """The article's 15 rows, standardised by those that train; every third one scores."""
+    x = "3.3 4.4 5.5 6.71 6.93 4.168 9.779 6.182 7.59 2.167 7.042 10.791 5.313 7.997 3.1"
+    y = "1.7 2.76 2.09 3.19 1.694 1.573 3.366 2.596 2.53 1.221 2.827 3.465 1.65 2.904 1.3"
+    rows = torch.tensor([[float(a), float(b)] for a, b in zip(x.split(), y.split(), strict=True)])
+    valid = torch.arange(len(rows)) % 3 == 2
+    rows = (rows - rows[~valid].mean(0)) / rows[~valid].std(0)
+    x, y = rows.split(1, dim=1)
+    return Task(x[~valid], y[~valid], x[valid], y[valid], outputs=1, loss=F.mse_loss)
+
+
+TASKS = {"xor": xor, "regression": regression}
+
+# ==== 2. A trial and its random numbers ==========================================================
 
 
 class InputError(ValueError):
-    """Bad rows, a bad space, a bad log: on the command line it is one line."""
-
-
-def check(holds: object, message: str) -> None:
-    if not holds:
-        raise InputError(message)
+    """What the reader can mend in what he wrote: one line on the command line."""
 
 
 @dataclass
 class Trial:
     number: int
-    seed: int  # of the search; with number and repeat it decides all that is random in the trial
+    seed: int  # of the search
     hyperparams: dict
-    repeat: int = 0  # 0: the trial itself; 1, 2, ...: a repeat of it in the finals
-    score: float = math.nan  # higher is better; NaN: diverged
-    seconds: float | None = None  # None: has not run
+    repeat: int = 0  # 0: the trial itself; 1, 2, ...: again, with other random numbers
+    score: float | None = None  # higher is better; NaN: diverged; None: has not run
+    seconds: float | None = None  # its share of its stack's
+    stack: int = 0  # how many trials its stack had; 0: it trained alone
     repeats: list[float] = field(default_factory=list)  # the scores of its repeats
 
 
 def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
     """The hyperparameters of the trial of this number, as plain Python values."""
-    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 0)))
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
     sample = {}
     for name, values in space.items():
-        listed = isinstance(values, list | tuple | range | np.ndarray | Tensor) and len(values)
-        check(listed or callable(values), f"space: {name} must be a list of values or a function")
-        value = values[generator.integers(len(values))] if listed else values(generator)
-        value = value.item() if isinstance(value, np.generic | Tensor) else value
+        value = values(generator) if callable(values) else values[generator.integers(len(values))]
+        value = value.item() if isinstance(value, np.generic) else value
         # 0.3, not linspace's 0.30000000000000004
         sample[name] = float(f"{value:.15g}") if isinstance(value, float) else value
     return sample
 
 
-def random_search(
-    train_and_evaluate: Callable[[list[Trial]], Iterable[tuple[Trial, float]]],
-    space: dict,
-    trials: int | Iterable[int],
-    seed: int = 0,
-    log: str | None = None,
-    repeats: int = 0,
-    **settings,
-) -> list[Trial]:
-    """Score trials 0 to trials - 1, or those of the numbers trials; return them, the best first.
+def random_words(trial: Trial) -> np.ndarray:
+    """Six random uint32, two each: for initial weights, the order of rows, dropout."""
+    words = np.random.SeedSequence(trial.seed, spawn_key=(trial.number, trial.repeat))
+    return words.generate_state(6)
 
-    train_and_evaluate is handed the trials to run and yields (trial, score) as they finish; higher
-    is better. Those that the file log has of this search do not run again. The five best then run
-    again repeats times, with other random numbers. settings are what else decides the scores.
-    """
-    numbers = range(trials) if isinstance(trials, int | np.integer) else map(int, trials)
-    seed = int(seed)
-    trials = [Trial(n, seed, sample_hyperparams(space, seed, n)) for n in numbers]
-    check(trials, "there are no trials to run")
-    check(log or launched()[1] == 1, "several processes need a log, to share the trials by")
-    functions = filter(inspect.isfunction, space.values())
-    enclosed = [inspect.getclosurevars(function).nonlocals for function in functions]
-    settings |= {"train_and_evaluate": train_and_evaluate, "seed": seed}
-    settings |= {"space": space, "enclosed": enclosed}
-    database, key = open_log(log, settings)
+
+def seed_all(trial: Trial) -> None:
+    """Seed all that your own code may draw from."""
+    seed = int(random_words(trial)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    # torch.manual_seed takes 95 us, to look for devices.
+    has_device = torch.accelerator.is_available()
+    (torch.manual_seed if has_device else torch.default_generator.manual_seed)(seed)
+
+
+def random_numbers(words: np.ndarray) -> Tensor:
+    """Four numbers in 0 to 2**32 of each random uint64, 2**16 apart."""
+    return torch.from_numpy(words.view(np.uint16).astype(np.float32)).add_(0.5).mul_(2**16)
+
+
+def take_from(noise: Tensor) -> Callable[[int], Tensor]:
+    """A function that returns the next numbers of noise [..., draws], from whole words."""
+    start = 0
+
+    def draw(count: int) -> Tensor:
+        nonlocal start
+        numbers = noise[..., start : start + count]
+        start += count + -count % 4
+        return numbers
+
+    return draw
+
+
+def dropout_bounds(rate: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The random number from which a value is kept, and its factor then."""
+    rate = torch.as_tensor(rate)
+    return rate * 2**32, 1 / (1 - rate + 1e-30)  # a rate of 1 keeps nothing
+
+
+def dropout_mask(noise: Tensor, least: Tensor, factor: Tensor) -> Tensor:
+    """0 or factor. As noise is 2**16 apart, what exceeds least does so by more than factor."""
+    return torch.minimum((noise - least).relu(), factor)  # a comparison takes three times as long
+
+
+@contextlib.contextmanager
+def dropout_by(draw: Callable[[int], Tensor]) -> Iterator[None]:
+    """Within it the masks of F.dropout, which nn.Dropout calls too, are of the numbers of draw."""
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        if not training:
+            return x
+        mask = dropout_mask(draw(x.numel()), *dropout_bounds(p)).view(x.shape).to(x.dtype)
+        return x.mul_(mask) if inplace else x * mask
+
+    before = F.dropout
+    F.dropout = dropout
     try:
-        run_missing(train_and_evaluate, trials, database, key)
-        trials = ranked(trials)
-        finals = [replace(trial, repeat=1 + n) for trial in trials[:5] for n in range(repeats)]
-        run_missing(train_and_evaluate, finals, database, key)
-    except (InputError, sqlite3.Error):
-        raise  # one line on the command line, and a broken log has nothing to report
-    except BaseException:
-        fill_in_scores(database, key, trials)
-        if finished := ranked(trials):
-            with contextlib.redirect_stdout(sys.stderr):
-                report(finished)
+        yield
+    finally:
+        F.dropout = before
+
+
+# ==== 3. Training a stack of trials side by side =================================================
+
+
+@functools.cache
+def argument_names(function: Callable, first: int) -> list[str]:
+    """The arguments of function from the first that is a hyperparameter."""
+    return list(inspect.signature(function).parameters)[first:]
+
+
+@contextlib.contextmanager
+def told(trials: list[Trial]) -> Iterator[None]:
+    """Add what trials they are to an error of your own code."""
+    try:
+        yield
+    except Exception as error:
+        for trial in trials:
+            error.add_note(f"in trial {trial.number}: {trial.hyperparams}")
         raise
-    for trial in trials[:5]:
-        trial.repeats = [final.score for final in finals if final.number == trial.number]
-    database.close()
-    return trials
+
+
+def make_model(trial: Trial, task: Task) -> nn.Module:
+    """The untrained model of a trial, in ordinary PyTorch."""
+    seed_all(trial)
+    names = argument_names(task.build_model, 2)
+    own = {name: value for name, value in trial.hyperparams.items() if name in names}
+    with told([trial]):
+        model = task.build_model(task.train_x.shape[1], task.outputs, **own)
+    return model.to(task.train_x.device)
+
+
+def update_arguments(trials: list[Trial], task: Task, parameter: Tensor) -> dict:
+    """The hyperparameters of update; floats as tensors that broadcast with [trials, ...]."""
+    names = argument_names(task.update, 3)
+    arguments = {name: value for name, value in trials[0].hyperparams.items() if name in names}
+    for name, value in arguments.items():
+        if isinstance(value, float):
+            values = parameter.new_tensor([trial.hyperparams[name] for trial in trials])
+            arguments[name] = values.view(-1, *[1] * (parameter.ndim - 1))
+    return arguments
+
+
+def batch_sizes(trial: Trial, task: Task) -> list[int]:
+    """The rows of each step of an epoch."""
+    rows = len(task.train_x)
+    size = trial.hyperparams.get("batch_size", rows)
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"batch_size is {size!r}: it must be a whole number above 0")
+    # A last batch of one row, too few for BatchNorm, joins the one before.
+    cuts = [*range(0, max(1, rows - (size > 1)), size), rows]
+    return [stop - start for start, stop in itertools.pairwise(cuts)]
+
+
+class Kind(NamedTuple):
+    """How trials that differ in floats alone train, which examine finds out."""
+
+    model: nn.Module  # of one of them, for its structure
+    gradients: Callable  # gradients_alone, gradients_by_vmap or gradients_by_layers
+    draws: list[int]  # how many random numbers dropout takes in each step of an epoch
+    floats: list[tuple[str, str]] = []  # a module's name, its attribute that hyperparameters set
+    outline: dict = {}  # what else the models of a stack have in common
+    onednn: bool = True  # whether oneDNN may be used
+    least: int = 1  # how many trials a stack must have
+    most: int = 1  # and how many serve best
+
+
+class Stack:
+    """Trials that train side by side, in tensors [trials, ...].
+
+    The parameters and buffers of the trials' own models are views of these.
+    """
+
+    def __init__(self, trials: list[Trial], models: list[nn.Module], task: Task, kind: Kind):
+        self.trials = trials
+        self.models = models
+        self.task = task
+        self.kind = kind
+        if len(trials) < kind.least:
+            trials, models = trials * 2, models * 2
+        words = [random_words(trial) for trial in trials]
+        self.orders = [np.random.default_rng(own[2:4]) for own in words]
+        self.noises = [np.random.SFC64(own[4:6]) for own in words]
+        self.parameters = stack_tensors([dict(model.named_parameters()) for model in models])
+        self.buffers = stack_tensors([dict(model.named_buffers()) for model in models])
+        self.trained = [own for own in self.parameters.values() if own.requires_grad]
+        self.states = [{} for _ in self.trained]  # of update
+        self.arguments = [update_arguments(trials, task, own) for own in self.trained]
+        self.floats = {}
+        for name, attribute in kind.floats:
+            values = [getattr(model.get_submodule(name), attribute) for model in models]
+            self.floats[name, attribute] = torch.tensor(values, device=task.train_x.device)
+        self.layers = [(name, type(layer)) for name, layer in kind.model.named_children()]
+        self.dropouts = {}  # for gradients_by_layers
+        for name, layer in self.layers if kind.gradients is gradients_by_layers else ():
+            if layer is nn.Dropout:
+                rates = [model.get_submodule(name).p for model in models]
+                rates = torch.tensor(rates, device=task.train_x.device)
+                self.dropouts[name] = dropout_bounds(rates.view(-1, 1, 1))
+        y = task.train_y  # of classes from 0, none that cross_entropy ignores?
+        self.classes = y.dtype == torch.int64 and y.ndim == 1 and y.min() >= 0
+
+    def batches(self, epochs: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x and y [trials, batch, ...] and noise [trials, draws] of each step."""
+        x, y = self.task.train_x, self.task.train_y
+        sizes = batch_sizes(self.trials[0], self.task)
+        draws = itertools.chain.from_iterable(itertools.repeat(self.kind.draws, epochs))
+        noise = self.make_noise(draws)
+        order = torch.arange(len(x), device=x.device).expand(len(self.orders), -1)
+        for _ in range(epochs):
+            if len(sizes) > 1:  # the order of a full batch does not matter
+                orders = [own.permutation(len(x)) for own in self.orders]
+                order = torch.from_numpy(np.stack(orders)).to(x.device)
+            for rows in order.split(sizes, dim=1):
+                yield x[rows], y[rows], next(noise)
+
+    def make_noise(self, draws: Iterable[int]) -> Iterator[Tensor]:
+        """random_numbers, [trials, draws of the step]; those of many steps in one call."""
+        for count, run in itertools.groupby(draws):
+            ahead = max(1, 2**17 // max(1, count * len(self.noises)))
+            while steps := sum(1 for _ in itertools.islice(run, ahead)):
+                words = np.stack([own.random_raw(steps * count // 4) for own in self.noises])
+                noise = random_numbers(words).to(self.task.train_x.device)
+                yield from noise.view(len(words), steps, count).unbind(1)
+
+    @torch.no_grad()
+    def step(self, gradients: Iterable[Tensor | None]) -> None:
+        """update each parameter that the loss has reached."""
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                parameter = self.trained[index].data
+                self.task.update(parameter, gradient, self.states[index], **self.arguments[index])
+
+
+def stack_tensors(named: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by name stacked, [trials, ...]; they themselves become views of that."""
+    stacked = {}
+    for name, first in named[0].items():
+        stacked[name] = torch.stack([tensors[name].data for tensors in named])
+        for tensors, own in zip(named, stacked[name], strict=True):
+            tensors[name].data = own
+        stacked[name].requires_grad_(first.requires_grad)
+    return stacked
+
+
+def gradients_alone(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list[Tensor | None]:
+    """The gradients [1, ...] of a stack of one trial, in plain PyTorch."""
+    (model,) = stack.models
+    model.zero_grad()
+    stack.task.loss(model(x[0]), y[0]).backward()
+    parameters = [own for own in model.parameters() if own.requires_grad]
+    return [None if own.grad is None else own.grad[None] for own in parameters]
+
+
+def gradients_by_vmap(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list[Tensor | None]:
+    """The gradients [trials, ...] of each trial's loss by its own parameters."""
+    model = stack.kind.model
+
+    def forward(tensors, floats, noise, x):  # of one trial
+        for (name, attribute), value in floats.items():
+            setattr(model.get_submodule(name), attribute, value)
+        with dropout_by(take_from(noise)):
+            outputs = functional_call(model, tensors, x)
+        return outputs, {name: tensors[name] for name in stack.buffers}
+
+    tensors = stack.parameters | stack.buffers
+    outputs, buffers = vmap(forward)(tensors, stack.floats, noise, x)
+    for name, buffer in buffers.items():
+        if buffer.data_ptr() != stack.buffers[name].data_ptr():  # the model assigned it anew
+            stack.buffers[name].copy_(buffer.detach())
+    gradient = loss_gradient(stack, outputs.detach(), y)
+    return torch.autograd.grad(outputs, stack.trained, gradient, allow_unused=True)
+
+
+@torch.no_grad()
+def gradients_by_layers(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list[Tensor]:
+    """The same for an nn.Sequential of Linear, ReLU and Dropout, in less than half the time."""
+    parameters = iter(stack.parameters.values())
+    draw = take_from(noise)
+    forward = []
+    for name, layer in stack.layers:
+        if layer is nn.Linear:
+            weight = next(parameters)
+            forward.append((weight, x))
+            x = torch.baddbmm(next(parameters).unsqueeze(1), x, weight.mT)
+        elif layer is nn.ReLU:
+            x = x.relu()
+            forward.append((None, x))
+        else:
+            mask = dropout_mask(draw(x[0].numel()).view(x.shape), *stack.dropouts[name])
+            forward.append((mask, None))
+            x = x * mask
+    gradient = loss_gradient(stack, x, y)  # by the outputs of a layer, the last one first
+    gradients = []
+    for factor, x in reversed(forward):
+        if factor is None:
+            gradient = torch.ops.aten.threshold_backward(gradient, x, 0)
+        elif x is None:
+            gradient = gradient * factor
+        else:
+            gradients += [gradient.sum(1), torch.bmm(gradient.mT, x)]
+            if len(gradients) < len(stack.trained):
+                gradient = torch.bmm(gradient, factor)
+    return gradients[::-1]
+
+
+def loss_gradient(stack: Stack, outputs: Tensor, y: Tensor) -> Tensor:
+    """The gradient of each trial's loss by its outputs, [trials, rows, ...]."""
+    loss = stack.task.loss
+    if loss is F.mse_loss and outputs.shape == y.shape:
+        return (outputs - y) * (2 / outputs[0].numel())
+    if loss is F.cross_entropy and stack.classes and outputs.ndim == 3:
+        return (outputs.softmax(2) - F.one_hot(y, outputs.shape[2])) / y.shape[1]
+    with torch.enable_grad():  # any other loss, trial by trial
+        outputs.requires_grad_()
+        losses = sum(map(loss, outputs.unbind(), y.unbind()))
+        return torch.autograd.grad(losses, outputs)[0]
+
+
+# ==== 4. Which trials train side by side =========================================================
+
+
+@functools.cache  # once is enough
+def tell(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def outline(model: nn.Module) -> dict:
+    """What the modules of a model hold, but weights: where that differs, models do not stack.
+
+    Numbers and text are themselves, any other object is its id: no two models share a hook.
+    """
+    held = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        held[name, "class"] = type(module)
+        for key, own in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if own is not None:
+                hooks = own._backward_hooks, own._post_accumulate_grad_hooks
+                held[name, key] = own.shape, own.dtype, own.requires_grad, hooks
+        for attribute, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | None):
+                held[name, attribute] = value
+            elif isinstance(value, tuple | set):
+                held[name, attribute] = repr(value)
+            elif attribute not in ("_parameters", "_buffers", "_modules"):
+                is_empty = isinstance(value, dict | list) and not value
+                held[name, attribute] = None if is_empty else id(value)
+    return held
+
+
+def difference(one: dict, two: dict) -> str:
+    """Where two outlines differ, in words; '' if nowhere."""
+    for name, attribute in one | two:
+        if one.get((name, attribute)) != two.get((name, attribute)):
+            module = one.get((name, "class"), type(None)).__name__
+            return f"{attribute} of {module} is not the same in all trials"
+    return ""
+
+
+def middle_trials(trial: Trial, task: Task) -> list[Trial]:
+    """Two trials like this one, with other floats: the two in the middle of 32 that are drawn.
+
+    They follow from the space, not from the trials that are there: who is stacked must not.
+    """
+    samples = [sample_hyperparams(task.space, trial.seed, number) for number in range(32)]
+    pair = [dict(trial.hyperparams), dict(trial.hyperparams)]
+    for name, value in trial.hyperparams.items():
+        if isinstance(value, float):
+            drawn = {sample.get(name) for sample in samples}
+            drawn = sorted(own for own in drawn if isinstance(own, float)) or [value]
+            pair[0][name] = drawn[len(drawn) // 2]
+            pair[1][name] = drawn[len(drawn) // 2 - 1]
+    return [replace(trial, number=n, repeat=0, hyperparams=own) for n, own in enumerate(pair)]
+
+
+def rehearse(stack: Stack) -> list[Tensor]:
+    """Take the first and the last step of an epoch, and some with gradients of other magnitudes.
+
+    Return the gradients, the parameters and the buffers of the trial in the middle.
+    """
+    draws = stack.kind.draws
+    place = len(stack.trials) // 2
+    seen = []
+    for step, noise in zip((0, -1), stack.make_noise([draws[0], draws[-1]]), strict=True):
+        size = batch_sizes(stack.trials[0], stack.task)[step]
+        x, y = (rows[:size] for rows in (stack.task.train_x, stack.task.train_y))
+        x, y = (rows.expand(len(stack.orders), *rows.shape) for rows in (x, y))
+        gradients = stack.kind.gradients(stack, x, y, noise)
+        seen += [torch.zeros(0) if own is None else own[place].clone() for own in gradients]
+        stack.step(gradients)
+    for scale in (1e-4, 1e4):  # where an update may clip
+        stack.step([own if own is None else own * scale for own in gradients])
+    model = stack.models[place]
+    seen += [*model.parameters(), *model.buffers()]
+    return [own.detach().double().nan_to_num() for own in seen]
+
+
+def agree(seen: list[Tensor], others: list[Tensor], tolerance: float) -> bool:
+    """Whether each differs by tolerance at most, of its largest number or of 1e-3 of all's."""
+    sizes = [own.abs().max().item() if own.numel() else 0 for own in others]
+    return all(
+        own.shape == other.shape
+        # A gradient may be 0 but for rounding, as that of a bias before BatchNorm.
+        and torch.allclose(own, other, rtol=0, atol=tolerance * max(size, 1e-3 * max(sizes)))
+        for own, other, size in zip(seen, others, sizes, strict=True)
+    )
+
+
+class Elementwise(TorchDispatchMode):
+    """Finds operations on single numbers that round by where in its tensor a number lies.
+
+    The last ones, where they do not fill a vector register, take another way: sigmoid's do.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.exact = {}  # by operation
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        if torch.Tag.pointwise in operation.tags and result.numel() % 32:
+            if operation not in self.exact and result.is_floating_point() and result.ndim:
+                self.exact[operation] = self.is_exact(operation, args, kwargs or {})
+        return result
+
+    def is_exact(self, operation: Callable, args: tuple, kwargs: dict) -> bool:
+        """Whether 100 rows of made-up numbers give the same at once and row by row."""
+        generator = torch.Generator().manual_seed(0)
+        made = {}
+        for index, own in enumerate(args):
+            if isinstance(own, Tensor) and own.is_floating_point():
+                made[index] = torch.randn(100, 31, dtype=own.dtype, generator=generator)
+        rows = [{index: own[n].clone() for index, own in made.items()} for n in range(100)]
+        results = [
+            operation(*(numbers.get(index, own) for index, own in enumerate(args)), **kwargs)
+            for numbers in (made, *rows)
+        ]
+        return torch.equal(results[0].nan_to_num(), torch.stack(results[1:]).nan_to_num())
+
+
+def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
+    """How trials like this one train: in a stack if some steps of one are there as they are alone.
+
+    Else a text says why not. Raises InputError for outputs or an update that cannot be right.
+    """
+    pair = middle_trials(trial, task)
+    model, other, rehearsed = (make_model(own, task) for own in (*pair, pair[0]))
+    one, two = outline(model), outline(other)
+    floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
+    common = {key: own for key, own in one.items() if key not in floats}
+    sizes = batch_sizes(trial, task)
+    alone = Kind(model, gradients_alone, [0] * len(sizes), floats, common)
+    if problem := difference(common, {k: own for k, own in two.items() if k not in floats}):
+        return alone, problem
+    stack = Stack(pair[:1], [rehearsed], task, alone)
+    start = [own.clone() for own in stack.trained]
+    held = [2 * own.numel() for own in model.parameters()]
+    drawn = [0]
+
+    def draw(count: int) -> Tensor:
+        drawn[-1] += count + -count % 4
+        words = stack.noises[0].random_raw((count + 3) // 4)
+        return random_numbers(words)[:count].to(task.train_x.device)
+
+    def look(module: nn.Module, inputs: tuple, outputs: object) -> None:
+        if isinstance(outputs, Tensor):
+            held.append(outputs.numel())
+            if module is rehearsed:
+                refuse_broadcast(outputs, task.train_y)
+        if module is rehearsed:
+            drawn.append(0)
+
+    seed_all(trial)
+    expected_numbers = random.random(), np.random.random(), torch.rand(1)
+    seed_all(trial)
+    with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
+        expected = rehearse(stack)
+    if (random.random(), np.random.random(), torch.rand(1)) != expected_numbers:
+        return alone, "it draws random numbers that are not dropout's"
+    if all(map(torch.equal, start, stack.trained)):
+        raise InputError("update changed no parameter: it must change them in place")
+    if problem := difference(one, outline(rehearsed)):
+        return alone, problem
+    draws = [drawn[0]] * (len(sizes) - 1) + [drawn[1]]
+    most = max(1, (2**22 if task.train_x.is_cpu else 2**28) // sum(held))  # a CPU's caches
+    simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
+    by_layers = [(gradients_by_layers, True)] if simple and type(model) is nn.Sequential else []
+    around = pair[1:] * math.ceil(16 / sizes[-1])  # so that its rows fill vector registers
+    # oneDNN's convolutions have other last bits in a stack than alone.
+    for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
+        kind = Kind(model, gradients, draws, floats, common, onednn, most=most)
+        try:
+            among = rehearse_trials([*around, pair[0], *around], task, kind)
+            single = rehearse_trials(pair[:1], task, kind)
+            double = rehearse_trials(pair[:1] * 2, task, kind)
+            with Elementwise() as elementwise:  # without the loss, which is each trial's own
+                rehearse_trials(
+                    pair[:1], task._replace(loss=lambda outputs, _: outputs.sum()), kind
+                )
+        except Exception as error:  # of your code, which raised nothing alone
+            frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+            modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
+            problem = f"{type([model, *modules][-1]).__name__}: {error}".partition("\n")[0]
+            continue
+        inexact = [str(own) for own, exact in elementwise.exact.items() if not exact]
+        if not agree(among, expected, tolerance=1e-3):
+            problem = "in a stack it does not train as alone"
+        elif inexact or not agree(double, among, tolerance=0) and task.train_x.is_cpu:
+            problem = " ".join(["its last bits depend on the stack", *inexact])
+        else:
+            same = agree(single, among, tolerance=0) or not task.train_x.is_cpu
+            return kind._replace(least=1 if same else 2), ""
+    return alone, problem
+
+
+def rehearse_trials(trials: list[Trial], task: Task, kind: Kind) -> list[Tensor]:
+    with torch.backends.mkldnn.flags(enabled=kind.onednn, allow_tf32=None):
+        return rehearse(Stack(trials, [make_model(own, task) for own in trials], task, kind))
+
+
+def refuse_broadcast(outputs: Tensor, y: Tensor) -> None:
+    shape = (len(y), *outputs.shape[1:])
+    with contextlib.suppress(RuntimeError):  # that it does not broadcast: the loss will tell
+        torch.broadcast_shapes(shape, y.shape)
+        if y.is_floating_point() and shape != y.shape:
+            raise InputError(f"the model's outputs have shape {list(shape)}, y has {list(y.shape)}")
+
+
+def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
+    """Stacks of the trials of each kind; a stack of one for each that trains alone."""
+    groups = defaultdict(list)
+    for trial in trials:
+        groups[kind_of(trial, task)].append(trial)
+    for group in groups.values():
+        kind, problem = examine(group[0], task)
+        count = math.ceil(len(group) / kind.most)
+        for start in range(count):
+            stacked = []
+            for trial in group[start::count]:
+                model = make_model(trial, task)
+                own = {key: own for key, own in outline(model).items() if key not in kind.floats}
+                reason = problem or difference(kind.outline, own)
+                if reason:
+                    tell(f"{type(model).__name__} trains one trial at a time: {reason}")
+                    alone = kind._replace(gradients=gradients_alone, floats=[], least=1)
+                    yield Stack([trial], [model], task, alone)
+                else:
+                    stacked.append((trial, model))
+            if stacked:
+                yield Stack(*map(list, zip(*stacked, strict=True)), task, kind)
+
+
+def kind_of(trial: Trial, task: Task) -> str:
+    """Equal for trials that differ in floats alone."""
+    own = {name: value for name, value in trial.hyperparams.items() if not isinstance(value, float)}
+    return repr(own | {"batch_size": batch_sizes(trial, task)[0]})
+
+
+def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial, nn.Module]]:
+    """Train trials stack by stack; yield each with its model, an ordinary one."""
+    # glibc gives freed memory back, and each step faults it in anew, unless a large block was freed
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    for stack in make_stacks(trials, task):
+        begun = time.monotonic()
+        alone = stack.kind.gradients is gradients_alone
+        seed_all(stack.trials[0])  # for what it may draw alone
+        with told(stack.trials), torch.backends.mkldnn.flags(stack.kind.onednn, allow_tf32=None):
+            for x, y, noise in stack.batches(epochs):  # for x, y in loader:
+                gradients = stack.kind.gradients(stack, x, y, noise)  # loss(model(x), y).backward()
+                stack.step(gradients)  # optimizer.step()
+        for trial, model in zip(stack.trials, stack.models, strict=True):
+            trial.seconds = (time.monotonic() - begun) / len(stack.trials)
+            trial.stack = 0 if alone else len(stack.trials)
+            yield trial, model
+
+
+def train_and_evaluate(trials: list[Trial], task: Task, epochs: int) -> Iterator:
+    """Train trials stack by stack; yield each with its score."""
+    for trial, model in train(trials, task, epochs):
+        model.eval()
+        seed_all(trial)
+        with told([trial]), torch.no_grad():
+            outputs = model(task.valid_x)
+            score = task.score or (lambda outputs, y: -task.loss(outputs, y))
+            yield trial, score(outputs, task.valid_y)
+
+
+# ==== 5. The search and its log ==================================================================
+
+
+def is_library(value: object) -> bool:
+    """Whether a function, class or module is not your own."""
+    try:
+        file = inspect.getfile(value)
+    except (TypeError, OSError):  # it is built in, or typed into a notebook
+        return not (inspect.isclass(value) and "__module__" in vars(value))
+    return file.startswith((sysconfig.get_path("stdlib"), str(Path(np.__file__).parents[1])))
+
+
+def all_names(code: types.CodeType) -> list[str]:
+    """The globals and attributes that code reads, functions within it too."""
+    inner = [all_names(own) for own in code.co_consts if isinstance(own, types.CodeType)]
+    return [*code.co_names, *itertools.chain.from_iterable(inner)]
+
+
+def describe(value: object, seen: dict) -> object:
+    """Plain data that is equal for what acts the same, in every process: of your own code the
+    instructions and all that they refer to, of a library's the name, of nothing the address."""
+    parts = functools.partial(describe, seen=seen)
+    if isinstance(value, Tensor | np.ndarray):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        content = pickle.dumps(array) if array.dtype == object else array.tobytes()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+    if isinstance(value, dict):
+        return [[parts(name), parts(own)] for name, own in value.items()]
+    if isinstance(value, list | tuple):
+        return [parts(own) for own in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(parts(own)) for own in value)
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), value.co_names, parts(value.co_consts)]
+    if isinstance(value, functools.partial):
+        return parts([value.func, value.args, value.keywords])
+    if isinstance(value, types.MethodType):
+        return parts([value.__func__, value.__self__])
+    if isinstance(value, property | classmethod | staticmethod):
+        return parts([getattr(value, name, None) for name in ("__func__", "fget", "fset")])
+    if id(value) in seen:  # such as a function that calls itself
+        return list(seen).index(id(value))
+    if inspect.isfunction(value) and not is_library(value):
+        seen[id(value)] = value
+        names = all_names(value.__code__)
+        read = [value.__globals__[name] for name in names if name in value.__globals__]
+        modules = [own for own in read if inspect.ismodule(own) and not is_library(own)]
+        read += [getattr(own, name, None) for own in modules for name in names]
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return parts([value.__code__, value.__defaults__, value.__kwdefaults__, cells, read])
+    if inspect.isclass(value) and not is_library(value):
+        seen[id(value)] = value
+        own = {n: v for n, v in vars(value).items() if callable(v) or not n.startswith("__")}
+        return parts([value.__bases__, own])
+    is_object = hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType)
+    if is_object and (vars(value) or not callable(value)):
+        seen[id(value)] = value
+        return parts([type(value), vars(value)])
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def launched() -> tuple[int, int]:
-    """The rank of this process, and how many processes torchrun has launched."""
-    if not distributed.is_torchelastic_launched():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    """The rank of this process, and how many torchrun has launched, perhaps on several machines."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        if not distributed.is_torchelastic_launched():
+            return 0, 1
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    return distributed.get_rank(), distributed.get_world_size()
 
 
-def run_missing(
-    train_and_evaluate: Callable, trials: list[Trial], database: sqlite3.Connection, key: str
-) -> None:
-    """Train what the log has not: of it this process's share, then whatever is left."""
-    rank, processes = launched()
-    while missing := fill_in_scores(database, key, trials):
-        trial = None
-        begun = time.monotonic()
-        previous = begun
-        shown = begun
-        for trial, score in train_and_evaluate(missing[rank::processes] or missing):
-            now = time.monotonic()
-            row = [key, trial.number, trial.repeat, score if math.isfinite(score) else None]
-            seconds = trial.seconds or now - previous  # a stack has shared out its own
-            row += [json.dumps(trial.hyperparams, default=repr), seconds]
-            database.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?)", row)
-            previous = now
-            if rank == 0 and sys.stderr.isatty() and now > shown + 0.5:
-                shown = now
-                ran = len(missing) - len(fill_in_scores(database, key, trials))
-                show_progress(trials, ran / (now - begun))
-        check(trial, "train_and_evaluate yielded no score")
-        if shown > begun:
-            print(" " * 79, end="\r", file=sys.stderr)
+class Log:
+    """The finished trials of a search, in an SQLite database that may hold others too."""
+
+    def __init__(self, path: str | None, name: str, search: list):
+        text = json.dumps(describe(search, seen={}))
+        self.search = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.name = name
+        self.database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+        with contextlib.suppress(sqlite3.OperationalError):  # another process does the same
+            self.database.execute("PRAGMA journal_mode = WAL")  # a trial takes 15 us, not 5 ms
+        columns = "search, name, seed, number, repeat, score REAL, hyperparams, seconds, stack"
+        unique = "UNIQUE (search, number, repeat)"
+        self.database.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}, {unique})")
+
+    def rows(self) -> list[tuple]:
+        query = "SELECT * FROM trials WHERE search = ?"
+        return self.database.execute(query, [self.search]).fetchall()
+
+    def tell_of(self, trials: list[Trial], path: str) -> None:
+        """Say how much of this search is there, and whether the log holds others."""
+        query = "SELECT count(DISTINCT search) FROM trials WHERE search != ?"
+        (others,) = self.database.execute(query, [self.search]).fetchone()
+        there = len(trials) - len(self.fill_in(trials))
+        if there or others:
+            line = f"{path}: {there} of {len(trials)} trials of this search are there"
+            line += f"; it holds {others} others" if others else ""
+            print(line, file=sys.stderr)
+
+    def add(self, trial: Trial, score: float) -> None:
+        row = [self.search, self.name, trial.seed, trial.number, trial.repeat]
+        row += [score if math.isfinite(score) else None]
+        row += [json.dumps(trial.hyperparams, default=repr), trial.seconds, trial.stack]
+        self.insert([row])
+
+    def insert(self, rows: Iterable) -> None:
+        query = "INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self.database.executemany(query, rows)
+
+    def share(self) -> None:
+        """Bring the rows of all processes into the log of each: machines may have their own."""
+        _, processes = launched()
+        if processes > 1:
+            everyones = [None] * processes
+            distributed.all_gather_object(everyones, self.rows())
+            self.insert(itertools.chain.from_iterable(everyones))
+
+    def fill_in(self, trials: list[Trial]) -> list[Trial]:
+        """Set what it knows of trials; return those that have not run."""
+        known = {(row[3], row[4]): row for row in self.rows()}
+        for trial in trials:
+            if row := known.get((trial.number, trial.repeat)):
+                trial.score = math.nan if row[5] is None else row[5]
+                trial.seconds, trial.stack = row[7:]
+        return [trial for trial in trials if trial.score is None]
 
 
-def fill_in_scores(database: sqlite3.Connection, key: str, trials: list[Trial]) -> list[Trial]:
-    """Set the scores of those of trials that the log has; return the others."""
-    query = "SELECT number, repeat, score, seconds FROM trials WHERE search = ?"
-    done = {row[:2]: row[2:] for row in database.execute(query, [key])}
+ONE_AT_A_TIME = threading.RLock()  # random numbers and F.dropout are the whole process's
+RUNS = itertools.count()
+
+
+def my_parts(trials: list[Trial], kind: Callable | None) -> Iterator[list[Trial]]:
+    """The trials; of several processes each takes the next part, of equal kind, when it is free."""
+    _, processes = launched()
+    if processes == 1:
+        yield trials
+        return
+    groups = defaultdict(list)
+    for index, trial in enumerate(trials):
+        groups[kind(trial) if kind else index % (8 * processes)].append(trial)
+    most = math.ceil(len(trials) / (8 * processes))
+    counts = [math.ceil(len(group) / most) for group in groups.values()]
+    parts = [
+        group[n::count]
+        for group, count in zip(groups.values(), counts, strict=True)
+        for n in range(count)
+    ]
+    parts.sort(key=len, reverse=True)  # so that none is left with a large one at the end
+    store = distributed.distributed_c10d._get_default_store()
+    run_number = next(RUNS)
+    while (turn := store.add(f"random_search {run_number}", 1)) <= len(parts):
+        yield parts[turn - 1]
+
+
+def run(train_and_evaluate: Callable, trials: list[Trial], log: Log, kind: Callable | None) -> None:
+    """Train those of trials that are in the log of no process, and set the scores of all."""
+    log.share()
+    missing = log.fill_in(trials)
+    begun = time.monotonic()
+    done = 0
+    best = -math.inf
+    for part in my_parts(missing, kind) if missing else ():
+        for trial, score in train_and_evaluate(part):
+            with told([trial]):
+                score = float(score)
+            log.add(trial, score)
+            done += 1
+            best = max(best, score)
+            if launched()[0] == 0 and sys.stderr and sys.stderr.isatty():
+                left = (time.monotonic() - begun) / done * (len(missing) - done) / launched()[1]
+                line = f"{done} of {len(missing)} trials, best score {best:.4g}, {left:.0f} s left"
+                print(f"{line:70}", end="\r", file=sys.stderr, flush=True)
+    log.share()
+    log.fill_in(trials)
+
+
+def one_at_a_time(trials: list[Trial], function: Callable) -> Iterator[tuple[Trial, float]]:
+    """Score trials by a function of their hyperparams."""
     for trial in trials:
-        score, trial.seconds = done.get((trial.number, trial.repeat), (None, None))
-        trial.score = math.nan if score is None else score
-    return [trial for trial in trials if trial.seconds is None]
+        begun = time.monotonic()
+        seed_all(trial)
+        with told([trial]):
+            score = function(dict(trial.hyperparams))
+        trial.seconds = time.monotonic() - begun
+        yield trial, score
 
 
 def ranked(trials: list[Trial]) -> list[Trial]:
-    """Those that have run, the best first; of equal ones the lowest number; diverged ones last."""
-    finished = [trial for trial in trials if trial.seconds is not None]
-    return sorted(finished, key=lambda t: (math.isnan(t.score), -t.score, t.number))
+    """Those that have run, the best first, the diverged last."""
+    finished = [trial for trial in trials if trial.score is not None]
+    return sorted(finished, key=lambda own: (math.isnan(own.score), -own.score, own.number))
 
 
-def show_progress(trials: list[Trial], rate: float) -> None:
-    """One line on the terminal, which the next one covers."""
-    finished = ranked(trials)
-    line = f"{len(finished)} of {len(trials)} trials, best score {finished[0].score:.4g}, "
-    line += f"{rate:.1f} a second, {(len(trials) - len(finished)) / rate:.0f} s left"
-    print(line.ljust(79), end="\r", file=sys.stderr, flush=True)
+def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
+    """Print the best, ranked, and where the best tenth lies; scores that are -loss as losses."""
+    sign, name = (-1, "loss") if loss else (1, "score")
+    names = list(trials[0].hyperparams)
+    rows = [["trial", name, *names]]
+    rows[0] += [f"{name} of repeats"] if trials[0].repeats else []
+    for trial in trials[:5]:
+        cells = [trial.number, sign * trial.score, *trial.hyperparams.values()]
+        rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
+        if trial.repeats:
+            spread = np.std(trial.repeats, ddof=1) if len(trial.repeats) > 1 else math.nan
+            rows[-1].append(f"{sign * np.mean(trial.repeats):.4g} +- {spread:.2g}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [heading] if heading else []
+    lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    diverged = sum(math.isnan(trial.score) for trial in trials)
+    if diverged:
+        lines += [f"{diverged} of {len(trials)} trials diverged"]
+        lines[-1] += ": standardise the rows, or lower lr" if diverged > len(trials) / 2 else ""
+    best = sorted(trials, key=lambda own: (math.isnan(own.score), -own.score))
+    best = best[: len(trials) // 10]
+    for key in names if len(best) > 1 else ():
+        values = [trial.hyperparams[key] for trial in trials]
+        if all(isinstance(value, int | float) for value in values) and len(set(values)) > 1:
+            tenth = [trial.hyperparams[key] for trial in best]
+            span = f"{min(tenth):.4g} to {max(tenth):.4g} of {min(values):.4g} to {max(values):.4g}"
+            lines.append(f"{key}: best tenth {span}")
+    lines.append(str(trials[0].hyperparams))
+    print("\n".join(lines), flush=True)
 
 
-def open_log(path: str | None, settings: dict) -> tuple[sqlite3.Connection, str]:
-    """The database at path, or in memory, and the key in it of the search of these settings."""
-    check(path != "", "the log must have a name")
-    database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
-    tables = {table for (table,) in database.execute("SELECT tbl_name FROM sqlite_master")}
-    check(tables <= {"searches", "trials"}, "the log is a database of something else")
-    # A trial then takes 15 us and survives a kill. If it is locked, another process does the same.
-    with contextlib.suppress(sqlite3.OperationalError):
-        database.execute("PRAGMA journal_mode = WAL")
-    database.execute("CREATE TABLE IF NOT EXISTS searches (search PRIMARY KEY, settings)")
-    columns = "search, number, repeat, score, hyperparams, seconds"
-    unique = "UNIQUE (search, number, repeat)"
-    database.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}, {unique})")
-    text = json.dumps(settings, default=describe)
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    added = database.execute("INSERT OR IGNORE INTO searches VALUES (?, ?)", [key, text]).rowcount
-    here = json.loads(text)
-    edits = []
-    for (other,) in database.execute("SELECT settings FROM searches WHERE search != ?", [key]):
-        other = json.loads(other)
-        edited = [name for name in here | other if here.get(name) != other.get(name)]
-        edits += [edited] if "task" not in edited else []
-    if added and edits:
-        edited = ", ".join(min(edits, key=len))
-        print(f"{path}: a new search, since this was edited: {edited}", file=sys.stderr)
-    return database, key
+def random_search(
+    train_and_evaluate: Callable,
+    space: dict,
+    trials: int | Iterable[int] = 100,
+    *,
+    seed: int = 0,
+    repeats: int = 0,
+    log: str | None = None,
+    name: str = "",
+    kind: Callable[[Trial], object] | None = None,
+    report: Callable[[list[Trial]], None] = report,
+) -> list[Trial]:
+    """Score trials 0 to trials - 1, or those of the numbers trials; return them, the best first.
 
-
-def describe(value: object) -> object:
-    """For json: arrays as lists, functions and classes as their source."""
-    if isinstance(value, np.ndarray | np.generic | Tensor):
-        return value.tolist()
-    if isinstance(value, partial):
-        return [value.func, value.args, value.keywords]
-    try:
-        return inspect.getsource(value)
-    except (OSError, TypeError):  # neither, or typed in
-        return repr(value)
-
-
-# ==== 3. Training side by side ===================================================================
-
-
-class Scale(NamedTuple):
-    """Mean and spread of each column, float64 on the CPU: 0 and 1 where there is none to take."""
-
-    mean: Tensor
-    spread: Tensor
-
-    def standardise(self, values: Tensor) -> Tensor:
-        if not values.is_floating_point():
-            return values
-        standard = (values - self.mean.to(values)) / self.spread.to(values)
-        return standard.to(torch.get_default_dtype())
-
-    def restore(self, values: Tensor) -> Tensor:
-        return values * self.spread.to(values) + self.mean.to(values)
-
-
-class Data(NamedTuple):
-    loss: Callable
-    train: tuple[Tensor, Tensor]  # x and y, standardised
-    scored: tuple[Tensor, Tensor]  # x standardised, y not
-    sizes: tuple[int, int]  # inputs and outputs of a model
-    scales: tuple[Scale, Scale]  # of x and of y
-
-
-class Stack(NamedTuple):
-    trials: list[Trial]  # two at least
-    keys: Tensor  # of their random numbers, [trials, 64, 2]
-    model: nn.Module  # of the first trial, for its structure
-    layers: dict[str, nn.Module]  # of the model, if it needs no vmap
-    state: dict[str, Tensor]  # the parameters and buffers of all, [trials, ...]
-    updated: list[tuple[Tensor, Tensor, dict]]  # parameter, a view of it [..., trials], state
-    hyperparams: dict[str, Tensor]  # of update, [trials]
+    train_and_evaluate is a function of hyperparams that returns a score, higher is better, or a
+    generator function that is handed a list of Trial and yields (trial, score) as they finish.
+    Those that the file log has of this search, which name is a part of, do not run again. The five
+    best then run again repeats times, with other random numbers, and the mean of these decides.
+    Processes of torchrun share the trials; those of equal kind stay together. On Ctrl-C what has
+    finished goes to report.
+    """
+    if not inspect.isgeneratorfunction(getattr(train_and_evaluate, "func", train_and_evaluate)):
+        train_and_evaluate = functools.partial(one_at_a_time, function=train_and_evaluate)
+    numbers = range(trials) if isinstance(trials, int | np.integer) else trials
+    trials = [Trial(int(n), seed, sample_hyperparams(space, seed, int(n))) for n in numbers]
+    if not trials:
+        raise InputError("there are no trials to run")
+    again = sample_hyperparams(space, seed, trials[0].number)
+    for key, value in trials[0].hyperparams.items():
+        if repr(value) != repr(again[key]) and callable(space[key]):
+            raise InputError(f"space: {key} has another value each time: draw from the generator")
+    versions = [torch.__version__, np.__version__]
+    own_log = Log(log, name, [name, space, seed, versions, train_and_evaluate])
+    if launched()[0] == 0:
+        own_log.tell_of(trials, log)
+    with ONE_AT_A_TIME:
+        try:
+            run(train_and_evaluate, trials, own_log, kind)
+            best = [trial for trial in ranked(trials)[:5] if not math.isnan(trial.score)]
+            finals = [
+                replace(own, repeat=1 + n, score=None) for own in best for n in range(repeats)
+            ]
+            run(train_and_evaluate, finals, own_log, kind)
+        except KeyboardInterrupt:
+            own_log.fill_in(trials)
+            if launched()[0] == 0 and ranked(trials):
+                report(ranked(trials))
+            raise
+    for trial in best:
+        trial.repeats = [final.score for final in finals if final.number == trial.number]
+    if repeats:
+        best.sort(key=lambda own: -np.nan_to_num(np.mean(own.repeats), nan=-math.inf))
+    return best + ranked(trials)[len(best) :]
 
 
 def search(
-    task: str, trials: int = 200, epochs: int = 500, seed: int = 0, device: str = "cpu", **options
+    task: Task,
+    trials: int | Iterable[int] = 200,
+    epochs: int = 500,
+    *,
+    seed: int = 0,
+    repeats: int = 0,
+    log: str | None = None,
+    name: str = "",
 ) -> list[Trial]:
-    """random_search of a task of TASKS over HYPERPARAMS; options are log and repeats."""
-    data = prepare(task, device)
-    trial = Trial(0, seed, sample_hyperparams(HYPERPARAMS, seed, 0))
-    check("batch_size" in HYPERPARAMS, "HYPERPARAMS: batch_size is missing")
-    for_model, for_update = split_hyperparams(trial.hyperparams)
+    """random_search of a task, on the device of its tensors; a trial trains for epochs."""
+    for x, y in (task[:2], task[2:4]):
+        if x.ndim < 2 or len(x) != len(y) or not len(x):
+            raise InputError(f"x of shape {list(x.shape)} and y of {list(y.shape)} are not rows")
+    functions = f"{task.build_model.__name__} and update {task.update.__name__}"
+    parameters = [*inspect.signature(task.build_model).parameters.values()][2:]
+    parameters += [*inspect.signature(task.update).parameters.values()][3:]
+    names = {own.name for own in parameters}
+    needed = {own.name for own in parameters if own.default is own.empty}
+    for key in (set(task.space) - names - {"batch_size"}) | (needed - set(task.space)):
+        is_in = "an argument of neither" if key in task.space else "missing: an argument of one of"
+        raise InputError(f"space: {key} is {is_in} model {functions}")
+    return random_search(
+        functools.partial(train_and_evaluate, task=task, epochs=epochs),
+        task.space,
+        trials,
+        seed=seed,
+        repeats=repeats,
+        log=log,
+        name=name,
+        kind=functools.partial(kind_of, task=task),
+        report=functools.partial(report, loss=task.score is None),
+    )
+
+
+# ==== 6. The command line ========================================================================
+
+
+def kept_arguments(trial: Trial, task: Task) -> dict:
+    names = argument_names(task.build_model, 2)
+    own = {name: value for name, value in trial.hyperparams.items() if name in names}
+    return {"sizes": [task.train_x.shape[1], task.outputs], "hyperparams": own}
+
+
+def check_save(path: str, trials: Iterable[int], task: Task, seed: int) -> None:
+    """Raise InputError if the file cannot be written, or could not be loaded."""
+    samples = [sample_hyperparams(task.space, seed, number) for number in trials]
+    buffer = io.BytesIO()
     try:
-        inspect.signature(update).bind(0, 0, 0, **for_update)
-        inspect.signature(build_model).bind(0, 0, **for_model)
-    except TypeError as error:
-        raise InputError(f"HYPERPARAMS: {error}") from None
-    rows = b"".join(part.cpu().numpy().tobytes() for part in data.train + data.scored)
-    settings = {"task": task, "rows": hashlib.sha256(rows).hexdigest(), "epochs": epochs}
-    settings |= {"device": data.train[0].device.type, "torch": torch.__version__}
-    settings |= {"build_model": build_model, "update": update, "loss": data.loss}
-    settings |= {type(layer).__name__: type(layer) for layer in make_model(trial, data).modules()}
-
-    def train(trials: list[Trial]) -> Iterator[tuple[Trial, float]]:
-        return train_and_evaluate(trials, data, epochs)
-
-    return random_search(train, HYPERPARAMS, trials, seed, **settings, **options)
+        torch.save([kept_arguments(Trial(0, 0, own), task) for own in samples], buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+        with open(path, "ab"):
+            pass
+    except Exception as error:
+        raise InputError(f"--save {path}: {error}".partition("\n")[0]) from None
 
 
-def train_and_evaluate(
-    trials: list[Trial], data: Data, epochs: int, models: list | None = None
-) -> Iterator[tuple[Trial, float]]:
-    """Train trials side by side; yield each with its score, 1 / loss, when its stack is done.
-
-    models, if given, grows by the trained models, ordinary modules for raw rows.
-    """
-    for group in make_stacks(trials, data):
-        started = time.perf_counter()
-        stack = stack_models(group, data)
-        for x, y in batches(stack, data, epochs):
-            losses = stacked_loss(data.loss, forward(stack, x), y)
-            losses.sum().backward()
-            step(stack)
-        losses = evaluate(stack, data)
-        seconds = (time.perf_counter() - started) / len(group)
-        for index, trial in enumerate(group):
-            loss = losses[index]
-            check(not loss < 0, f"trial {trial.number}: a loss below 0 gives no score")
-            if models is not None:
-                models.append(take_model(stack, index, data))
-            trial.seconds = seconds
-            yield trial, 1 / max(loss, 1e-12) if math.isfinite(loss) else math.nan
-
-
-@torch.no_grad()
-def step(stack: Stack) -> None:
-    """update each parameter that the loss has reached."""
-    for parameter, value, state in stack.updated:
-        if parameter.grad is not None:
-            update(value, parameter.grad.movedim(0, -1), state, **stack.hyperparams)
-            parameter.grad = None
-
-
-def read_rows(name: str) -> tuple[Tensor, Tensor]:
-    """x and y of a task, checked: y holds floats, [rows, outputs], or classes as 0, 1, ..."""
-    task = TASKS[name]
-    try:
-        x, y = (np.asarray(r.detach().cpu() if isinstance(r, Tensor) else r) for r in task[:2])
-    except ValueError as error:
-        raise InputError(f"task {name}: {error}") from None
-    check(len(x) == len(y) > 0, f"task {name}: x has {len(x)} rows, y has {len(y)}")
-    loss = getattr(task.loss, "func", task.loss)  # of a partial
-    own = loss.__module__ != "torch.nn.functional"
-    classes = loss in (F.cross_entropy, F.nll_loss) or (own and y.dtype.kind != "f")
-    if classes:
-        y = y.astype(str) if y.dtype.kind == "O" else y
-        codes = np.unique(y, return_inverse=True)[1]
-        y = codes.reshape(len(y), *y.shape[2 if y.shape[1:] == (1,) else 1 :])
-    for values in (x, y):
-        fit = values.dtype.kind in "biuf" and np.abs(values).max() < 3e38  # of float32; NaN is not
-        check(fit, f"task {name}: x and y must be finite numbers")
-    x = torch.tensor(x.astype(float) if x.dtype.kind == "f" else x)
-    y = torch.tensor(y if classes else y.astype(float))
-    x = x[:, None] if x.ndim == 1 else x
-    y = y[:, None] if y.ndim == 1 and not classes else y
-    return x, y
-
-
-def prepare(name: str, device: str = "cpu") -> Data:
-    """The rows of a task, split, standardised and on the device."""
-    x, y = read_rows(name)
-    rows = np.arange(len(x))
-    scored = TASKS[name].held_out
-    if isinstance(scored, float):  # drawn, since rows often come in some order
-        scored = np.random.default_rng(0).permutation(rows)[: max(1, round(scored * len(rows)))]
-    train = rows if scored is None else np.delete(rows, scored)
-    scored = rows if scored is None else rows[scored]
-    check(len(train) and len(scored), f"task {name}: held_out is empty, or all rows are in it")
-    classes = not y.is_floating_point()
-    if classes and not np.isin(y[scored], y[train]).all():
-        print(f"task {name}: some classes are only in the rows to score", file=sys.stderr)
-    try:
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, ImportError):
-        raise InputError(f"device {device} is not to be had here") from None
-    scales = (scale(x[train]), scale(y[train]))
-    x = scales[0].standardise(x).to(device)
-    targets = scales[1].standardise(y).to(device)
-    y = y.to(targets)  # its dtype and device, but in its own units
-    sizes = (x.shape[1], int(y.max()) + 1 if classes else y.shape[1])
-    training = (x[train], targets[train])
-    return Data(TASKS[name].loss, training, (x[scored], y[scored]), sizes, scales)
-
-
-def scale(rows: Tensor) -> Scale:
-    """Of flat rows of floats, but for columns that are constant, and where all are 0 or 1."""
-    spread, mean = torch.std_mean(rows.double(), 0, correction=0)
-    varies = spread > len(rows) * 2.2e-16 * rows.abs().amax(0)  # by more than rounding
-    varies &= rows.is_floating_point() and rows.ndim == 2
-    varies &= ((rows != 0) & (rows != 1)).any()
-    return Scale(mean * varies, torch.where(varies, spread, 1))
-
-
-def random_bits(keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """Random int32 [..., count] of int32 keys [..., 2] and the counters from first on.
-
-    A hash (lowbias32 by C. Wellons, with a key before and within) is the same on every device.
-    """
-    counters = torch.arange(first, first + count, device=keys.device)
-    bits = keys[..., :1] + (counters * 0x9E3779B9).int()
-    bits = bits ^ (bits >> 16) & 0xFFFF  # as if the shift brought in zeros
-    bits = bits * 0x7FEB352D
-    bits = bits ^ (bits >> 15) & 0x1FFFF
-    bits = (bits + keys[..., 1:]) * (0x846CA68B - 2**32)
-    return bits ^ (bits >> 16) & 0xFFFF
-
-
-class StackedDropout(nn.Module):
-    """nn.Dropout of a stack of trials, with a key, [trials, 2], and a rate, [trials, 1], for each.
-
-    Within vmap both are those of one trial, without the first dimension.
-    """
-
-    def __init__(self, keys: Tensor, rates: Tensor):
-        super().__init__()
-        self.register_buffer("keys", keys)
-        self.register_buffer("rates", rates)
-        self.used = 0
-        self.ahead = rates[:, :0]  # masks of the next steps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        within_vmap = self.keys.ndim == 1
-        count = x.numel() // self.rates.numel()
-        masks = self.ahead
-        if masks.shape[1] < count:
-            # Those of many steps in one call, but not within vmap, which takes them away again.
-            steps = 1 if within_vmap else max(1, 2**17 // x.numel())
-            bits = random_bits(self.keys, steps * count, self.used).float()
-            # 1 or 0, since bits are whole numbers; a comparison takes three times as long
-            masks = (bits - (self.rates * 2**32 - 2**31)).clamp(0, 1) / (1 - self.rates)
-        self.used += count
-        if not within_vmap:
-            self.ahead = masks[:, count:]
-        return x * masks[..., :count].view(x.shape)
-
-
-def split_hyperparams(hyperparams: dict) -> tuple[dict, dict]:
-    """Those that are arguments of build_model, and those of update; batch_size is neither's."""
-    names = list(inspect.signature(update).parameters)[3:]
-    others = {name: value for name, value in hyperparams.items() if name not in names}
-    others.pop("batch_size", None)
-    return others, {name: hyperparams[name] for name in names if name in hyperparams}
-
-
-def trial_keys(trial: Trial) -> Tensor:
-    """Random int32 [64, 2]: of the initial weights, the order of rows, and each dropout."""
-    words = np.random.SeedSequence(trial.seed, spawn_key=(trial.number, 1, trial.repeat))
-    return torch.from_numpy(words.generate_state(128).view(np.int32)).view(64, 2)
-
-
-def make_model(trial: Trial, data: Data) -> nn.Module:
-    """The model of a trial before training, in ordinary PyTorch."""
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed of the CPU alone: of all devices it takes 90 us
-        torch.default_generator.manual_seed(int(trial_keys(trial)[0, 0]))
-        for_model, _ = split_hyperparams(trial.hyperparams)
-        model = build_model(*data.sizes, **for_model)
-    return model.to(data.train[0].device)
-
-
-def make_stacks(trials: list[Trial], data: Data) -> list[list[Trial]]:
-    """Group the trials whose models differ in nothing but weights and rates of dropout."""
-    groups = {}
-    for trial in trials:
-        for_model, _ = split_hyperparams(trial.hyperparams)
-        shape = {name: value for name, value in for_model.items() if "dropout" not in name}
-        batch_size = trial.hyperparams["batch_size"]
-        check(isinstance(batch_size, int) and batch_size > 0, f"batch_size is {batch_size!r}")
-        batch_size = min(batch_size, len(data.train[0]))
-        groups.setdefault(repr((batch_size, shape)), []).append(trial)
-    stacks = []
-    for group in groups.values():
-        floats = 2**22 if data.train[0].is_cpu else 2**28  # on a CPU what its caches serve best
-        most = max(2, floats // try_model(group[0], data))
-        count = math.ceil(len(group) / most)
-        stacks += [group[start::count] for start in range(count)]
-    return stacks
-
-
-def try_model(trial: Trial, data: Data) -> int:
-    """Run and check a trial's model in plain PyTorch, where its own errors show best; its size.
-
-    The size counts floats: weights, and what the modules return; each is needed twice in training.
-    """
-    model = make_model(trial, data)
-    x, y = (part[: trial.hyperparams["batch_size"]] for part in data.train)
-    size = [2 * parameter.numel() for parameter in model.parameters()]
-
-    def count(module: nn.Module, inputs: tuple, outputs: Tensor) -> None:
-        size.append(2 * outputs.numel() if isinstance(outputs, Tensor) else 0)
-
-    for module in model.modules():
-        module.register_forward_hook(count)
-    with torch.random.fork_rng(devices=[]):
-        outputs = model(x)
-    shape = (len(y), data.sizes[1], *y.shape[2 if y.is_floating_point() else 1 :])
-    found = f"outputs have shape {tuple(outputs.shape)}, targets {tuple(y.shape)}"
-    check(outputs.shape == shape, f"{found}; the outputs should have {shape}")
-    (gradient,) = torch.autograd.grad(data.loss(outputs, y), outputs)
-    check(gradient.any(), f"the loss does not depend on the outputs: {found}")
-    return sum(size)
-
-
-def stack_models(trials: list[Trial], data: Data) -> Stack:
-    """Stack the parameters and buffers of the models of trials, and their dropouts."""
-    if len(trials) == 1:
-        trials = trials * 2  # one would go to other kernels, with other last bits
-    device = data.train[0].device
-    keys = torch.stack([trial_keys(trial) for trial in trials]).to(device)
-    models = [make_model(trial, data) for trial in trials]
-    parameters, state = stack_module_state(models)
-    model = models[0]
-    dropouts = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Dropout:
-            if module not in dropouts:  # one may stand in several places
-                rates = torch.tensor([[m.get_submodule(name).p] for m in models], device=device)
-                dropouts[module] = StackedDropout(keys[:, 2 + len(dropouts)], rates)
-            model.set_submodule(name, dropouts[module])
-    updated = []
-    for parameter in parameters.values():
-        if parameter.ndim == 3:
-            # In memory [trials, in, out], as its gradient will be: else autograd copies each
-            parameter.data = parameter.data.mT.contiguous().mT
-        updated.append((parameter, parameter.data.movedim(0, -1), {}))
-    state = dict(model.named_buffers()) | state | parameters
-    hyperparams = {}
-    _, for_update = split_hyperparams(trials[0].hyperparams)
-    for name in for_update:
-        values = [float(trial.hyperparams[name]) for trial in trials]
-        hyperparams[name] = torch.tensor(values, device=device)
-    return Stack(trials, keys, model, fast_layers(model), state, updated, hyperparams)
-
-
-def batches(stack: Stack, data: Data, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and y [trials, batch, ...] of each step; every trial has its own order in every epoch."""
-    x, y = data.train
-    rows = len(x)
-    batch_size = stack.trials[0].hyperparams["batch_size"]
-    # A last batch of one row, too few for BatchNorm, joins the one before.
-    cuts = list(range(batch_size, rows - (batch_size > 1), batch_size))
-    order = torch.arange(rows, device=x.device).expand(len(stack.trials), -1)
-    for epoch in range(epochs):
-        if cuts:  # the order of a full batch does not matter
-            order = random_bits(stack.keys[:, 1], rows, epoch * rows).argsort(stable=True)
-        for batch in order.tensor_split(cuts, dim=1):
-            yield x[batch], y[batch]
-
-
-def fast_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of an nn.Sequential that needs no vmap, or none."""
-    layers = dict(model.named_children())
-    elementwise = (StackedDropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh)
-    # named_children leaves out repeats: a layer in two places is not simple
-    simple = type(model) is nn.Sequential and len(layers) == len(model)
-    for layer in layers.values():
-        affine = type(layer) is nn.Linear and layer.bias is not None
-        simple = simple and (affine or type(layer) in elementwise)
-    return layers if simple else {}
-
-
-def forward(stack: Stack, x: Tensor) -> Tensor:
-    """The outputs [trials, rows, ...] of each trial's model for its x, [trials, rows, ...]."""
-    if stack.layers and x.ndim == 3:  # the fast path
-        for name, layer in stack.layers.items():
-            if type(layer) is nn.Linear:
-                weight = stack.state[f"{name}.weight"]
-                bias = stack.state[f"{name}.bias"].unsqueeze(1)
-                x = torch.baddbmm(bias, x, weight.mT)
-            else:
-                x = layer(x)
-        return x
-    try:
-        return vmap(partial(functional_call, stack.model))(stack.state, x)
-    except RuntimeError as error:  # vmap's, since try_model ran it in plain PyTorch
-        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-        modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
-        name = type(modules[-1] if modules else stack.model).__name__
-        raise InputError(f"{name} cannot be stacked, see the README: {error}") from error
-
-
-def stacked_loss(loss: Callable, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each trial, [trials]."""
-    if loss in (F.mse_loss, F.cross_entropy):  # vmap would be slower
-        losses = loss(outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none")
-        return losses.view(len(outputs), -1).mean(1)
-    return vmap(loss)(outputs, targets)
-
-
-@torch.no_grad()
-def evaluate(stack: Stack, data: Data) -> list[float]:
-    """The loss of each trial on the rows to score, in the targets' own units."""
-    stack.model.eval()
-    x, y = (part.expand(len(stack.trials), *part.shape) for part in data.scored)
-    outputs = torch.cat([forward(stack, part.contiguous()) for part in x.split(128, dim=1)], 1)
-    return stacked_loss(data.loss, data.scales[1].restore(outputs), y).tolist()
-
-
-def take_model(stack: Stack, index: int, data: Data) -> nn.Module:
-    """The trained model of the trial at an index: ordinary, in eval mode, for raw rows."""
-    model = make_model(stack.trials[index], data)
-    state = {name: value[index] for name, value in stack.state.items()}
-    model.load_state_dict(state, strict=False)  # it also has the keys of dropouts
-    return RawInputs(model, data.scales).eval()
-
-
-class RawInputs(nn.Module):
-    """A trained model for raw rows: it standardises them, and turns outputs back into raw ones."""
-
-    def __init__(self, model: nn.Module, scales: tuple[Scale, Scale]):
-        super().__init__()
-        self.model = model
-        self.scales = scales
-
-    def forward(self, x: Tensor) -> Tensor:
-        x_scale, y_scale = self.scales
-        return y_scale.restore(self.model(x_scale.standardise(x)))
-
-
-def save_model(path: str, trial: Trial, data: Data, epochs: int) -> None:
+def save_model(path: str, trial: Trial, task: Task, epochs: int) -> None:
     """Train a trial once more, and keep its model."""
-    models = []
-    list(train_and_evaluate([trial], data, epochs, models))
-    kept = {"hyperparams": trial.hyperparams, "sizes": data.sizes}
-    kept |= {"scales": [list(scale) for scale in data.scales]}
-    torch.save(kept | {"state_dict": models[0].model.state_dict()}, path)
+    ((_, model),) = train([trial], task, epochs)
+    torch.save(kept_arguments(trial, task) | {"state_dict": model.state_dict()}, path)
 
 
-def load_model(path: str) -> RawInputs:
-    """The model that --save kept, in eval mode, for raw rows."""
+def load_model(path: str, build_model: Callable = build_model) -> nn.Module:
+    """The model that --save kept, in eval mode."""
     kept = torch.load(path, map_location="cpu", weights_only=True)
-    for_model, _ = split_hyperparams(kept["hyperparams"])
-    model = build_model(*kept["sizes"], **for_model)
+    model = build_model(*kept["sizes"], **kept["hyperparams"])
     model.load_state_dict(kept["state_dict"])
-    return RawInputs(model, tuple(Scale(*scale) for scale in kept["scales"])).eval()
+    return model.eval()
 
 
-# ==== 4. The command line ========================================================================
-
-
-def report(trials: list[Trial]) -> None:
-    """Print the five best, the losses of their repeats, and who is better on average."""
-    best = [trial for trial in trials[:5] if not math.isnan(trial.score)]
-    losses = {trial.number: 1 / np.array(trial.repeats) for trial in best if trial.repeats}
-    rows = [["trial", "score", "loss", *trials[0].hyperparams, "loss of repeats"]]
-    for trial in best:
-        loss = 1 / trial.score if trial.score else math.inf
-        cells = [trial.number, trial.score, loss, *trial.hyperparams.values(), ""]
-        if trial.repeats:
-            own = losses[trial.number]
-            cells[-1] = f"{own.mean():.4g} ± {own.std():.2g}"
-        rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.rjust, row, widths)))
-    print(f"{sum(math.isnan(trial.score) for trial in trials)} of {len(trials)} trials diverged")
-    for number, own in losses.items():
-        first = losses[best[0].number]
-        gain = first.mean() - own.mean()
-        error = math.sqrt((first.var() + own.var()) / max(1, len(own) - 1))  # of the gain
-        if len(own) > 1 and gain > 2 * error:
-            print(f"trial {number} is better on average, by {gain:.4g}: the best had luck")
+def numbers_of(text: str) -> range:
+    """200 is 0:200, the numbers from 0 up to 199."""
+    start, _, stop = text.rpartition(":")
+    return range(int(start or 0), int(stop))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0], allow_abbrev=False)
-    parser.add_argument("--task", choices=TASKS, default="xor", help="(default: xor)")
-    parser.add_argument("--trials", type=int, default=200, help="how many (default: 200)")
-    parser.add_argument("--epochs", type=int, default=500, help="of each trial (default: 500)")
-    parser.add_argument("--repeats", type=int, default=5, help="of the five best (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser = argparse.ArgumentParser(
+        description="Random search over hyperparameters in PyTorch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", choices=TASKS, default="xor", help="what to train on")
+    parser.add_argument("--trials", type=numbers_of, default="200", help="how many, or first:end")
+    parser.add_argument("--epochs", type=int, default=500, help="of each trial")
+    parser.add_argument("--repeats", type=int, default=5, help="of the five best")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--processes", type=int, default=1, help="of this machine")
     parser.add_argument("--log", help="database of finished trials, which do not run again")
     parser.add_argument("--save", help="file for the best model, see load_model")
-    parser.add_argument("--trial", type=int, help="run the trial of this number alone")
     args = parser.parse_args()
-    for name, least in {"trials": 1, "epochs": 1, "repeats": 0, "seed": 0, "trial": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} must be {least} or more")
-    if args.save and not Path(args.save).parent.is_dir():
-        parser.error(f"--save {args.save}: there is no such folder")
-    numbers = args.trials if args.trial is None else [args.trial]
-    options = {"device": args.device, "log": args.log, "repeats": args.repeats}
+    if args.processes > 1 and not distributed.is_torchelastic_launched():
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+        os.execv(sys.executable, [sys.executable, "-m", *launcher, "--", *sys.argv])
+    begun = time.monotonic()
+    rank, _ = launched()
+    device = args.device
+    if device == "cuda" and distributed.is_initialized():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    options = {"seed": args.seed, "repeats": args.repeats, "log": args.log, "name": args.task}
     try:
-        trials = search(args.task, numbers, args.epochs, args.seed, **options)
-        if launched()[0] > 0:
-            return 0
-        if args.save:
-            save_model(args.save, trials[0], prepare(args.task, args.device), args.epochs)
-        status = int(math.isnan(trials[0].score))
-        try:
-            report(trials)
-            print(trials[0].hyperparams, flush=True)
-        except BrokenPipeError:  # its reader has left; at exit Python would complain once more
-            os._exit(status)
-        return status
-    except InputError as error:
+        task = TASKS[args.task]()
+        task = Task(*(own.to(device) if isinstance(own, Tensor) else own for own in task))
+        if args.save and rank == 0:
+            check_save(args.save, args.trials, task, args.seed)
+        trials = search(task, args.trials, args.epochs, **options)
+        if rank == 0:
+            stacks = round(sum(1 / trial.stack for trial in trials if trial.stack))
+            alone = sum(not trial.stack for trial in trials)
+            heading = (
+                f"{args.task}: {len(task.train_x)} rows, {len(trials)} trials in {stacks} stacks"
+            )
+            heading += f" and {alone} alone, {time.monotonic() - begun:.1f} s"
+            report(trials, heading, loss=task.score is None)
+        if args.save and rank == 0:
+            save_model(args.save, trials[0], task, args.epochs)
+    except (InputError, sqlite3.Error) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except sqlite3.Error as error:
-        parser.exit(2, f"{parser.prog}: error: --log {args.log}: {error}\n")
     except KeyboardInterrupt:
         return 130
+    return 0
 
 
 if __name__ == "__main__":
