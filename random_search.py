@@ -512,35 +512,33 @@ def agree(seen: list[Tensor], others: list[Tensor], tolerance: float) -> bool:
 
 
 class Elementwise(TorchDispatchMode):
-    """Finds operations on single numbers that round by where in its tensor a number lies.
+    """Collects the operations on single numbers that round by where in its tensor a number lies.
 
     The last ones, where they do not fill a vector register, take another way: sigmoid's do.
     """
 
     def __init__(self):
         super().__init__()
-        self.exact = {}  # by operation
+        self.inexact = {}  # by operation
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **kwargs or {})
-        if torch.Tag.pointwise in operation.tags and result.numel() % 32:
-            if operation not in self.exact and result.is_floating_point() and result.ndim:
-                self.exact[operation] = self.is_exact(operation, args, kwargs or {})
+        options = kwargs or {}
+        result = operation(*args, **options)
+        has_rest = torch.Tag.pointwise in operation.tags and result.ndim and result.numel() % 32
+        if has_rest and result.is_floating_point() and operation not in self.inexact:
+            made = dict(enumerate(args))
+            for index, own in made.items():  # 31 made-up numbers, alone and among 100 such rows
+                if isinstance(own, Tensor) and own.is_floating_point():
+                    generator = torch.Generator().manual_seed(index)
+                    made[index] = torch.randn(100, 31, dtype=own.dtype, generator=generator)
+            rows = [
+                [m if m is a else m[n].clone() for m, a in zip(made.values(), args, strict=True)]
+                for n in range(100)
+            ]
+            alone = torch.stack([operation(*row, **options) for row in rows])
+            among = operation(*made.values(), **options)
+            self.inexact[operation] = not torch.equal(alone.nan_to_num(), among.nan_to_num())
         return result
-
-    def is_exact(self, operation: Callable, args: tuple, kwargs: dict) -> bool:
-        """Whether 100 rows of made-up numbers give the same at once and row by row."""
-        generator = torch.Generator().manual_seed(0)
-        made = {}
-        for index, own in enumerate(args):
-            if isinstance(own, Tensor) and own.is_floating_point():
-                made[index] = torch.randn(100, 31, dtype=own.dtype, generator=generator)
-        rows = [{index: own[n].clone() for index, own in made.items()} for n in range(100)]
-        results = [
-            operation(*(numbers.get(index, own) for index, own in enumerate(args)), **kwargs)
-            for numbers in (made, *rows)
-        ]
-        return torch.equal(results[0].nan_to_num(), torch.stack(results[1:]).nan_to_num())
 
 
 def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
@@ -578,8 +576,13 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     seed_all(trial)
     expected_numbers = random.random(), np.random.random(), torch.rand(1)
     seed_all(trial)
-    with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
-        expected = rehearse(stack)
+    try:
+        with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
+            expected = rehearse(stack)
+    except InputError:
+        raise
+    except Exception as error:  # of your code: the trial itself will show it
+        return alone, f"it could not be checked, {error!r}"
     if (random.random(), np.random.random(), torch.rand(1)) != expected_numbers:
         return alone, "it draws random numbers that are not dropout's"
     if all(map(torch.equal, start, stack.trained)):
@@ -596,31 +599,33 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
         kind = Kind(model, gradients, draws, floats, common, onednn, most=most)
         try:
             among = rehearse_trials([*around, pair[0], *around], task, kind)
-            single = rehearse_trials(pair[:1], task, kind)
-            double = rehearse_trials(pair[:1] * 2, task, kind)
+            single, double = (rehearse_trials(pair[:1] * n, task, kind) for n in (1, 2))
             with Elementwise() as elementwise:  # without the loss, which is each trial's own
-                rehearse_trials(
-                    pair[:1], task._replace(loss=lambda outputs, _: outputs.sum()), kind
-                )
+                rehearse_trials(pair[:1], task._replace(loss=sum_of_outputs), kind)
         except Exception as error:  # of your code, which raised nothing alone
             frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
             modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
             problem = f"{type([model, *modules][-1]).__name__}: {error}".partition("\n")[0]
             continue
-        inexact = [str(own) for own, exact in elementwise.exact.items() if not exact]
+        inexact = [str(own) for own, is_inexact in elementwise.inexact.items() if is_inexact]
         if not agree(among, expected, tolerance=1e-3):
             problem = "in a stack it does not train as alone"
-        elif inexact or not agree(double, among, tolerance=0) and task.train_x.is_cpu:
+        elif not task.train_x.is_cpu:  # there last bits are not promised
+            return kind, ""
+        elif inexact or not agree(double, among, tolerance=0):
             problem = " ".join(["its last bits depend on the stack", *inexact])
         else:
-            same = agree(single, among, tolerance=0) or not task.train_x.is_cpu
-            return kind._replace(least=1 if same else 2), ""
+            return kind._replace(least=1 if agree(single, among, tolerance=0) else 2), ""
     return alone, problem
 
 
 def rehearse_trials(trials: list[Trial], task: Task, kind: Kind) -> list[Tensor]:
     with torch.backends.mkldnn.flags(enabled=kind.onednn, allow_tf32=None):
         return rehearse(Stack(trials, [make_model(own, task) for own in trials], task, kind))
+
+
+def sum_of_outputs(outputs: Tensor, y: Tensor) -> Tensor:
+    return outputs.sum()
 
 
 def refuse_broadcast(outputs: Tensor, y: Tensor) -> None:
@@ -637,7 +642,8 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
     for trial in trials:
         groups[kind_of(trial, task)].append(trial)
     for group in groups.values():
-        kind, problem = examine(group[0], task)
+        with told(group[:1]):
+            kind, problem = examine(group[0], task)
         count = math.ceil(len(group) / kind.most)
         for start in range(count):
             stacked = []
@@ -705,7 +711,8 @@ def is_library(value: object) -> bool:
 def all_names(code: types.CodeType) -> list[str]:
     """The globals and attributes that code reads, functions within it too."""
     inner = [all_names(own) for own in code.co_consts if isinstance(own, types.CodeType)]
-    return [*code.co_names, *itertools.chain.from_iterable(inner)]
+    names = [*code.co_names, *itertools.chain.from_iterable(inner)]
+    return [name for name in names if not name.startswith("__")]  # __name__ differs in a script
 
 
 def describe(value: object, seen: dict) -> object:
@@ -726,10 +733,8 @@ def describe(value: object, seen: dict) -> object:
         return [value.co_code.hex(), value.co_names, parts(value.co_consts)]
     if isinstance(value, functools.partial):
         return parts([value.func, value.args, value.keywords])
-    if isinstance(value, types.MethodType):
-        return parts([value.__func__, value.__self__])
-    if isinstance(value, property | classmethod | staticmethod):
-        return parts([getattr(value, name, None) for name in ("__func__", "fget", "fset")])
+    if isinstance(value, types.MethodType | property | classmethod | staticmethod):
+        return parts([getattr(value, own, None) for own in ("__func__", "__self__", "fget")])
     if id(value) in seen:  # such as a function that calls itself
         return list(seen).index(id(value))
     if inspect.isfunction(value) and not is_library(value):
@@ -740,14 +745,12 @@ def describe(value: object, seen: dict) -> object:
         read += [getattr(own, name, None) for own in modules for name in names]
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return parts([value.__code__, value.__defaults__, value.__kwdefaults__, cells, read])
-    if inspect.isclass(value) and not is_library(value):
+    if inspect.isclass(value) and is_library(value) or inspect.ismodule(value):
+        return repr(value)
+    if hasattr(value, "__dict__") and (vars(value) or not callable(value)):
         seen[id(value)] = value
         own = {n: v for n, v in vars(value).items() if callable(v) or not n.startswith("__")}
-        return parts([value.__bases__, own])
-    is_object = hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType)
-    if is_object and (vars(value) or not callable(value)):
-        seen[id(value)] = value
-        return parts([type(value), vars(value)])
+        return parts([getattr(value, "__bases__", type(value)), own])
     return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
@@ -886,14 +889,15 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     """Print the best, ranked, and where the best tenth lies; scores that are -loss as losses."""
     sign, name = (-1, "loss") if loss else (1, "score")
     names = list(trials[0].hyperparams)
-    rows = [["trial", name, *names]]
-    rows[0] += [f"{name} of repeats"] if trials[0].repeats else []
+    rows = [["trial", name, *names, f"{name} of repeats"]]
     for trial in trials[:5]:
         cells = [trial.number, sign * trial.score, *trial.hyperparams.values()]
         rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
-        if trial.repeats:
-            spread = np.std(trial.repeats, ddof=1) if len(trial.repeats) > 1 else math.nan
-            rows[-1].append(f"{sign * np.mean(trial.repeats):.4g} +- {spread:.2g}")
+        repeats = sign * np.array(trial.repeats)
+        spread = f" +- {repeats.std(ddof=1):.2g}" if len(repeats) > 1 else ""
+        rows[-1].append(f"{repeats.mean():.4g}{spread}" if len(repeats) else "")
+    if not trials[0].repeats:
+        rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [heading] if heading else []
     lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
@@ -901,14 +905,6 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     if diverged:
         lines += [f"{diverged} of {len(trials)} trials diverged"]
         lines[-1] += ": standardise the rows, or lower lr" if diverged > len(trials) / 2 else ""
-    best = sorted(trials, key=lambda own: (math.isnan(own.score), -own.score))
-    best = best[: len(trials) // 10]
-    for key in names if len(best) > 1 else ():
-        values = [trial.hyperparams[key] for trial in trials]
-        if all(isinstance(value, int | float) for value in values) and len(set(values)) > 1:
-            tenth = [trial.hyperparams[key] for trial in best]
-            span = f"{min(tenth):.4g} to {max(tenth):.4g} of {min(values):.4g} to {max(values):.4g}"
-            lines.append(f"{key}: best tenth {span}")
     lines.append(str(trials[0].hyperparams))
     print("\n".join(lines), flush=True)
 
@@ -982,14 +978,14 @@ def search(
     for x, y in (task[:2], task[2:4]):
         if x.ndim < 2 or len(x) != len(y) or not len(x):
             raise InputError(f"x of shape {list(x.shape)} and y of {list(y.shape)} are not rows")
-    functions = f"{task.build_model.__name__} and update {task.update.__name__}"
+    functions = [getattr(own, "__name__", repr(own)) for own in (task.build_model, task.update)]
     parameters = [*inspect.signature(task.build_model).parameters.values()][2:]
     parameters += [*inspect.signature(task.update).parameters.values()][3:]
     names = {own.name for own in parameters}
     needed = {own.name for own in parameters if own.default is own.empty}
     for key in (set(task.space) - names - {"batch_size"}) | (needed - set(task.space)):
-        is_in = "an argument of neither" if key in task.space else "missing: an argument of one of"
-        raise InputError(f"space: {key} is {is_in} model {functions}")
+        problem = "is an argument of neither" if key in task.space else "is missing for one of"
+        raise InputError(f"space: {key} {problem}: {functions[0]}, {functions[1]}")
     return random_search(
         functools.partial(train_and_evaluate, task=task, epochs=epochs),
         task.space,
@@ -1012,16 +1008,14 @@ def kept_arguments(trial: Trial, task: Task) -> dict:
     return {"sizes": [task.train_x.shape[1], task.outputs], "hyperparams": own}
 
 
-def check_save(path: str, trials: Iterable[int], task: Task, seed: int) -> None:
-    """Raise InputError if the file cannot be written, or could not be loaded."""
+def check_save(path: str, trials: range, task: Task, seed: int) -> None:
+    """Raise InputError if the file cannot be written, or its model not be loaded."""
     samples = [sample_hyperparams(task.space, seed, number) for number in trials]
     buffer = io.BytesIO()
     try:
+        open(path, "ab").close()
         torch.save([kept_arguments(Trial(0, 0, own), task) for own in samples], buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-        with open(path, "ab"):
-            pass
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except Exception as error:
         raise InputError(f"--save {path}: {error}".partition("\n")[0]) from None
 
@@ -1087,7 +1081,8 @@ def main() -> int:
         if args.save and rank == 0:
             save_model(args.save, trials[0], task, args.epochs)
     except (InputError, sqlite3.Error) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        place = f"--log {args.log}: " if isinstance(error, sqlite3.Error) else ""
+        parser.exit(2, f"{parser.prog}: error: {place}{error}\n")
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,234 +1,240 @@
-"""Tests of random_search.py: `make test`."""
+"""Tests of random_search.py by what it promises: `make test`."""
 
 import contextlib
+import functools
 import itertools
+import json
 import math
-import multiprocessing
 import os
 import random
-import re
-import signal
 import sqlite3
 import subprocess
 import sys
-from functools import partial
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two that wait for each other crawl on a busy machine
-
-import random_search as rs  # isort: skip  # before torch: it sets how torch's matrix library rounds
+import random_search as rs  # isort: skip  # before torch: it sets how its matrix library rounds
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).parent
-SCRIPT = HERE / "random_search.py"
-ROWS = np.random.default_rng(0).normal(size=(90, 3))
-TASKS = {
-    "two outputs": rs.Task(ROWS, np.stack([ROWS[:, 0] * ROWS[:, 1], ROWS[:, 2]], 1), F.mse_loss),
-    "three classes": rs.Task(ROWS, ROWS.argmax(1), F.cross_entropy),
-    "binary": rs.Task(
-        ROWS, (ROWS[:, 0] > 0).astype(float), F.binary_cross_entropy_with_logits, held_out=0.5
-    ),
-    "images": rs.Task(
-        ROWS.reshape(90, 3)[:, :, None, None] * np.ones((8, 8)), ROWS.argmax(1), F.cross_entropy
-    ),
-    "words": rs.Task(np.abs(ROWS * 3).astype(int) % 7, ROWS.argmax(1), F.cross_entropy),
-}
+GENERATOR = torch.Generator().manual_seed(0)
+FLAT = torch.randn(61, 6, generator=GENERATOR)
+CLASSES = FLAT[:, :3].argmax(1)
+IMAGES = torch.randn(61, 3, 8, 8, generator=GENERATOR)
+SERIES = torch.randn(61, 5, 8, generator=GENERATOR)
+WORDS = torch.randint(0, 10, (61, 7), generator=GENERATOR)
+SPACE = {"lr": np.linspace(0.01, 0.1, 50), "batch_size": [16], "p": np.linspace(0.1, 0.5, 20)}
+
+
+def make_task(x=FLAT, y=CLASSES, outputs=3, loss=F.cross_entropy, **options) -> rs.Task:
+    """45 rows train, in two batches of 16 and one of 13; 16 score."""
+    options = {"space": SPACE} | options
+    return rs.Task(x[:45], y[:45], x[45:], y[45:], outputs, loss, **options)
+
+
+def sample_trials(task: rs.Task, numbers) -> list[rs.Trial]:
+    return [rs.Trial(n, 0, rs.sample_hyperparams(task.space, 0, n)) for n in numbers]
+
+
+def scores(task: rs.Task, trials: list[rs.Trial], epochs=2) -> dict[int, str]:
+    """To the last bit, by trial."""
+    trained = rs.train_and_evaluate([rs.replace(trial) for trial in trials], task, epochs)
+    return {trial.number: float(score).hex() for trial, score in trained}
 
 
 @pytest.fixture(autouse=True)
-def tasks(monkeypatch):
-    for name, task in TASKS.items():
-        monkeypatch.setitem(rs.TASKS, name, task)
+def fresh(monkeypatch):
+    rs.tell.cache_clear()
+    monkeypatch.setattr(rs, "TASKS", dict(rs.TASKS))
 
 
-def make_trials(count: int, start: int = 0, **hyperparams) -> list[rs.Trial]:
-    sample = partial(rs.sample_hyperparams, rs.HYPERPARAMS, 0)
-    return [rs.Trial(n, 0, sample(n) | hyperparams) for n in range(start, start + count)]
+# ---- Kinds of model, each in ordinary PyTorch ---------------------------------------------------
 
 
-def train(trials, data, epochs=3, models=None) -> list[str]:
-    """The scores by trial, to the last bit."""
-    scores = {
-        trial.number: score for trial, score in rs.train_and_evaluate(trials, data, epochs, models)
-    }
-    return [float(scores[trial.number]).hex() for trial in trials]
+def mlp(inputs, outputs, p, activation=nn.ReLU, width=32):
+    layers = [nn.Linear(inputs, width), activation(), nn.Dropout(p), nn.Linear(width, outputs)]
+    return nn.Sequential(*layers)
 
 
-def command(*arguments, program=(sys.executable,), **options):
-    line = [*program, str(SCRIPT), *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 300} | options
-    return subprocess.run(line, check=False, **options)
+def mlp_of(activation):
+    return lambda inputs, outputs, p: mlp(inputs, outputs, p, activation, width=30)
 
 
-def call(monkeypatch, capsys, *arguments):
-    """main() in this process: its status, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["random_search.py", *map(str, arguments)])
-    try:
-        status = rs.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+class Net(nn.Module):
+    """Two layers; the kinds below change what is between them."""
 
-
-# ---- The oracle: the same training in ordinary PyTorch, one trial after another -----------------
-
-
-class GivenDropout(nn.Module):
-    """Dropout by the masks of a trial, drawn from its key one after another."""
-
-    def __init__(self, key, rate):
+    def __init__(self, inputs, outputs, p):
         super().__init__()
-        self.key, self.rate, self.used = key[None], rate, 0
+        self.first = nn.Linear(inputs, 16)
+        self.last = nn.Linear(16, outputs)
+        self.p = p
 
     def forward(self, x):
-        if not self.training:
-            return x
-        bits = rs.random_bits(self.key, x.numel(), self.used)[0].double()
-        self.used += x.numel()
-        return x * ((bits > self.rate * 2**32 - 2**31) / (1 - self.rate)).view(x.shape).float()
+        return self.last(self.between(torch.relu(self.first(x))))
 
 
-def train_plain(trial, data, epochs, make_optimizer):
-    """A trial in plain PyTorch: its loss on the rows to score, and its model."""
-    keys = rs.trial_keys(trial)
-    torch.manual_seed(int(keys[0, 0]))
-    model = rs.build_model(*data.sizes, **rs.split_hyperparams(trial.hyperparams)[0])
-    places = itertools.count(2)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Dropout:
-            model.set_submodule(name, GivenDropout(keys[next(places)], module.p))
-    if isinstance(model, Tied):
-        model.same = model.dropout
-    if isinstance(model, nn.Sequential) and type(model[-2]) is nn.Dropout:
-        model[-2] = model[1]  # it stands in two places
-    optimizer = make_optimizer(model.parameters(), trial.hyperparams)
-    (x, y), rows, batch = data.train, len(data.train[0]), trial.hyperparams["batch_size"]
-    for epoch in range(epochs):
-        order = torch.arange(rows)
-        if batch < rows:
-            order = rs.random_bits(keys[1:2], rows, epoch * rows)[0].argsort(stable=True)
-        for step in order.split(batch):
-            optimizer.zero_grad()
-            data.loss(model(x[step]), y[step]).backward()
-            optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        outputs = data.scales[1].restore(model(data.scored[0]))
-        return data.loss(outputs, data.scored[1]).item(), model
+def net(between):
+    return type("Kind", (Net,), {"between": between})
 
 
-def sgd(parameters, hyperparams):
-    return torch.optim.SGD(parameters, lr=hyperparams["lr"])
+def on_images(*layers, features):
+    make = [*layers, nn.ReLU, nn.Flatten, functools.partial(nn.Linear, features)]
 
-
-def same_as_plain(trials, data, epochs, make_optimizer=sgd):
-    scores = dict((t.number, s) for t, s in rs.train_and_evaluate(trials, data, epochs))
-    for trial in trials:
-        loss, _ = train_plain(trial, data, epochs, make_optimizer)
-        assert 1 / scores[trial.number] == pytest.approx(loss, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", ["xor", "regression", "two outputs", "three classes", "binary"])
-def test_a_stack_ends_like_plain_pytorch(name):
-    for hidden_size, num_layers in [(32, 1), (64, 3)]:
-        shape = {"hidden_size": hidden_size, "num_layers": num_layers, "batch_size": 16}
-        same_as_plain(make_trials(4, **shape), rs.prepare(name), 6)
-
-
-class Residual(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return x + self.inner(x)
-
-
-class Attention(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(size // 2, 2, batch_first=True)
-
-    def forward(self, x):
-        x = x.unflatten(1, (2, -1))
-        return self.attention(x, x, x)[0].flatten(1)
-
-
-def dense(*layers):
-    """build_model of an input layer, some layers for hidden_size, a dropout and an output layer."""
-
-    def build_model(inputs, outputs, hidden_size, num_layers, dropout):
-        inside = [layer(hidden_size) for layer in layers]
-        first, last = nn.Linear(inputs, hidden_size), nn.Linear(hidden_size, outputs)
-        return nn.Sequential(first, *inside, nn.Dropout(dropout), last)
+    def build_model(inputs, outputs, p):
+        parts = [own() for own in make[:-1]]
+        return nn.Sequential(*parts, nn.Dropout(p), make[-1](outputs))
 
     return build_model
 
 
-def convolution(inputs, outputs, hidden_size, num_layers, dropout):
-    layers = [nn.Conv2d(inputs, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(36, outputs))
+def on_words(embedding):
+    return lambda i, o, p: nn.Sequential(embedding(), nn.Flatten(), nn.Dropout(p), nn.Linear(28, o))
 
 
-def embedding(inputs, outputs, hidden_size, num_layers, dropout):
-    return nn.Sequential(nn.Embedding(7, 8), nn.Flatten(), nn.Linear(8 * inputs, outputs))
+CONV = functools.partial(nn.Conv2d, 3, 8, 3)
 
 
-class Tied(nn.Module):
-    """Weights and a dropout that stand in two places, a frozen bias, a layer without use."""
-
-    def __init__(self, inputs, outputs, size, dropout):
+class Attention(nn.Module):
+    def __init__(self, inputs, outputs, p, need_weights=True):
         super().__init__()
-        self.first, self.last = nn.Linear(inputs, size), nn.Linear(size, outputs)
-        self.middle, self.again = nn.Linear(size, size), nn.Linear(size, size)
-        self.again.weight = self.middle.weight
-        self.first.bias.requires_grad_(False)
-        self.unused = nn.Linear(2, 2)
-        self.dropout = self.same = nn.Dropout(dropout)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=p, batch_first=True)
+        self.last = nn.Linear(8, outputs)
+        self.need_weights = need_weights
 
     def forward(self, x):
-        x = self.dropout(self.middle(self.first(x)).relu())
-        return self.last(self.same(self.again(x).relu()))
+        return self.last(self.attention(x, x, x, need_weights=self.need_weights)[0].mean(1))
 
 
-def tied(inputs, outputs, hidden_size, num_layers, dropout):
-    return Tied(inputs, outputs, hidden_size, dropout)
+class Encoder(nn.Module):
+    def __init__(self, inputs, outputs, p):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=p, batch_first=True)
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        return self.last(self.layer(x).mean(1))
 
 
-def shared(inputs, outputs, hidden_size, num_layers, dropout):
-    """The fast path must leave it to vmap: a dropout stands in two places."""
-    same = nn.Dropout(dropout)
-    layers = [nn.Linear(inputs, 32), same, nn.ReLU(), nn.Linear(32, 32), same]
-    return nn.Sequential(*layers, nn.Linear(32, outputs))
+class Recurrent(nn.Module):
+    def __init__(self, inputs, outputs, p, layer):
+        super().__init__()
+        self.layer = layer(8, 8, batch_first=True)
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        return self.last(self.layer(x)[0][:, -1])
 
 
-def without_bias(inputs, outputs, hidden_size, num_layers, dropout):
-    """The fast path must leave it to vmap, too."""
-    return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, outputs, bias=False))
+class Cell(nn.Module):
+    def __init__(self, inputs, outputs, p):
+        super().__init__()
+        self.cell = nn.GRUCell(8, 8)
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 8)
+        for step in range(x.shape[1]):
+            state = self.cell(x[:, step], state)
+        return self.last(state)
 
 
-MODELS = {
-    "shared dropout": ("two outputs", shared),
-    "no bias": ("two outputs", without_bias),
-    "one layer": ("two outputs", lambda inputs, outputs, **_: nn.Linear(inputs, outputs)),
-    "tied weights": ("two outputs", tied),
-    "activations": ("three classes", dense(lambda size: nn.Tanh(), lambda size: nn.LeakyReLU())),
-    "LayerNorm": ("two outputs", dense(nn.LayerNorm, lambda size: nn.GELU())),
-    "BatchNorm1d": ("three classes", dense(nn.BatchNorm1d, lambda size: nn.ReLU())),
-    "residual": (
-        "two outputs",
-        dense(lambda size: Residual(nn.Sequential(nn.Linear(size, size), nn.Tanh()))),
-    ),
-    "attention": ("three classes", dense(Attention)),
-    "convolution": ("images", convolution),
-    "embedding": ("words", embedding),
-}
+class Bilinear(nn.Module):
+    def __init__(self, inputs, outputs, p):
+        super().__init__()
+        self.first = nn.Bilinear(inputs, inputs, 8)
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        return self.last(self.first(x, x))
+
+
+class Counter(Net):
+    def __init__(self, inputs, outputs, p):
+        super().__init__(inputs, outputs, p)
+        self.calls = 0
+
+    def between(self, x):
+        self.calls += 1
+        return x / self.calls**0.1
+
+
+class PlainTensor(nn.Module):
+    def __init__(self, inputs, outputs, p):
+        super().__init__()
+        self.projection = torch.randn(inputs, 8)
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        return self.last(x @ self.projection)
+
+
+class PlainList(nn.Module):
+    def __init__(self, inputs, outputs, p):
+        super().__init__()
+        self.layers = [nn.Linear(inputs, 8)]
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        return self.last(self.layers[0](x))
+
+
+class BufferAnew(nn.Module):
+    def __init__(self, inputs, outputs, p):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.last = nn.Linear(inputs, outputs)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.last(self.dropout(x - self.mean))
+
+
+def changed(change):
+    """An mlp that change has changed."""
+
+    def build_model(inputs, outputs, p):
+        model = mlp(inputs, outputs, p)
+        change(model)
+        return model
+
+    return build_model
+
+
+def tied(inputs, outputs, p):
+    layers = [nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 16)]
+    layers[3].weight = layers[2].weight
+    return nn.Sequential(*layers, nn.Linear(16, outputs))
+
+
+def made_within(inputs, outputs, p):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * p
+
+    return Scaled(inputs, outputs)
+
+
+def layer_or_not(least):
+    def build_model(inputs, outputs, p):
+        layer = nn.Dropout(p) if p > least else nn.Identity()
+        return nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), layer, nn.Linear(16, outputs))
+
+    return build_model
+
+
+def many_dropouts(inputs, outputs, p):
+    dropouts = [nn.Dropout(p / 20) for _ in range(63)]
+    return nn.Sequential(nn.Linear(inputs, 16), *dropouts, nn.Linear(16, outputs))
 
 
 def adam(parameter, gradient, state, lr):
@@ -240,757 +246,811 @@ def adam(parameter, gradient, state, lr):
     parameter -= lr * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
 
 
-def momentum(parameter, gradient, state, lr, momentum, weight_decay):
-    velocity = state.setdefault("velocity", torch.zeros_like(parameter))
-    velocity.mul_(momentum).add_(gradient + weight_decay * parameter)
-    parameter -= lr * velocity
+def clipped(parameter, gradient, state, lr):
+    parameter -= lr * gradient / gradient.norm().clamp(min=1)
 
 
-UPDATES = {
-    adam: lambda p, h: torch.optim.Adam(p, h["lr"]),
-    momentum: lambda p, h: torch.optim.SGD(
-        p, h["lr"], h["momentum"], weight_decay=h["weight_decay"]
+def noisy(parameter, gradient, state, lr):
+    parameter -= lr * (gradient + 0.01 * torch.randn_like(gradient))
+
+
+BINARY = (CLASSES == 0).float()[:, None]
+FLOATS = FLAT[:, :1] * FLAT[:, 1:2]
+AT_0_AND_HALF = SPACE | {"p": [0.0, 0.5]}
+# How it trains, and the task. Where that is by_vmap/2, a trial without company trains as two.
+KINDS = {
+    "mlp": ("by_layers", make_task(build_model=mlp)),
+    "one output": ("by_layers/2", make_task(y=FLOATS, outputs=1, loss=F.mse_loss, build_model=mlp)),
+    "tanh": ("by_vmap", make_task(build_model=mlp_of(nn.Tanh))),
+    "gelu": ("by_vmap", make_task(build_model=mlp_of(nn.GELU))),
+    "leaky relu": ("by_vmap", make_task(build_model=mlp_of(nn.LeakyReLU))),
+    "prelu": ("by_vmap", make_task(build_model=mlp_of(nn.PReLU))),
+    "sigmoid": ("alone", make_task(build_model=mlp_of(nn.Sigmoid))),
+    "softplus": ("alone", make_task(build_model=mlp_of(nn.Softplus))),
+    "functional dropout": (
+        "by_vmap",
+        make_task(build_model=net(lambda self, x: F.dropout(x, self.p, self.training))),
     ),
-    rs.update: sgd,
-}
+    "dropout in place": (
+        "by_vmap",
+        make_task(build_model=net(lambda self, x: F.dropout(x + 1, self.p, self.training, True))),
+    ),
+    "scaled by a float": ("by_vmap", make_task(build_model=net(lambda self, x: x * self.p))),
+    "batch norm 1d": (
+        None,
+        make_task(SERIES, build_model=lambda i, o, p: nn.Sequential(
+            nn.Conv1d(5, 8, 3), nn.BatchNorm1d(8), nn.Flatten(), nn.Dropout(p), nn.Linear(48, o))),
+    ),
+    "convolution": (
+        "by_vmap", make_task(IMAGES, build_model=on_images(CONV, features=288))),
+    "max pool": (
+        "by_vmap",
+        make_task(IMAGES, build_model=on_images(CONV, lambda: nn.MaxPool2d(2), features=72)),
+    ),
+    "batch norm 2d": (
+        None,
+        make_task(IMAGES, build_model=on_images(CONV, lambda: nn.BatchNorm2d(8), features=288)),
+    ),
+    "group norm": (
+        None,
+        make_task(IMAGES, build_model=on_images(CONV, lambda: nn.GroupNorm(2, 8), features=288)),
+    ),
+    "instance norm": (
+        None,
+        make_task(IMAGES, build_model=on_images(
+            CONV, lambda: nn.InstanceNorm2d(8, affine=True), features=288)),
+    ),
+    "dropout 2d": (
+        "alone", make_task(IMAGES, build_model=on_images(CONV, nn.Dropout2d, features=288))),
+    "layer norm": (
+        None,
+        make_task(build_model=lambda i, o, p: nn.Sequential(
+            nn.Linear(i, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(p), nn.Linear(16, o))),
+    ),
+    "weight norm, old": ("alone", make_task(build_model=changed(lambda m: weight_norm(m[0])))),
+    "weight norm": (
+        "alone", make_task(build_model=changed(lambda m: parametrizations.weight_norm(m[0])))),
+    "spectral norm": (
+        "alone", make_task(build_model=changed(lambda m: parametrizations.spectral_norm(m[0])))),
+    "bilinear": ("by_vmap", make_task(build_model=Bilinear)),
+    "embedding": ("by_vmap", make_task(WORDS, build_model=on_words(lambda: nn.Embedding(10, 4)))),
+    "padding_idx": (
+        "alone",
+        make_task(WORDS, build_model=on_words(lambda: nn.Embedding(10, 4, padding_idx=0))),
+    ),
+    "max_norm": (
+        None, make_task(WORDS, build_model=on_words(lambda: nn.Embedding(10, 4, max_norm=1.0)))),
+    "embedding bag": (
+        "by_vmap",
+        make_task(WORDS, build_model=lambda i, o, p: nn.Sequential(
+            nn.EmbeddingBag(10, 4), nn.Linear(4, o))),
+    ),
+    "attention": ("alone", make_task(SERIES, build_model=Attention)),
+    "attention, fused": (
+        None, make_task(SERIES, build_model=functools.partial(Attention, need_weights=False))),
+    "transformer": (None, make_task(SERIES, build_model=Encoder)),
+    "gru": (
+        "alone", make_task(SERIES, build_model=functools.partial(Recurrent, layer=nn.GRU))),
+    "lstm with dropout": (
+        "alone",
+        make_task(SERIES, build_model=functools.partial(
+            Recurrent, layer=functools.partial(nn.LSTM, num_layers=2, dropout=0.3))),
+    ),
+    "gru cell": ("alone", make_task(SERIES, build_model=Cell)),
+    "frozen": (
+        "by_vmap", make_task(build_model=changed(lambda m: m[0].requires_grad_(False)))),
+    "gradient hook": (
+        "alone",
+        make_task(build_model=changed(lambda m: m[0].weight.register_hook(lambda g: g / 2))),
+    ),
+    "forward hook": (
+        "alone",
+        make_task(build_model=changed(
+            lambda m: m[0].register_forward_hook(lambda module, inputs, outputs: 2 * outputs))),
+    ),
+    "counter": ("alone", make_task(build_model=Counter)),
+    "checkpoint": (
+        "alone",
+        make_task(build_model=net(lambda self, x: checkpoint(torch.tanh, x, use_reentrant=False))),
+    ),
+    "tied": ("by_vmap", make_task(build_model=tied)),
+    "plain tensor": ("alone", make_task(build_model=PlainTensor)),
+    "plain list": ("alone", make_task(build_model=PlainList)),
+    "buffer anew": ("by_vmap", make_task(build_model=BufferAnew)),
+    "layer or not": ("alone", make_task(space=AT_0_AND_HALF, build_model=layer_or_not(0))),
+    "layer by threshold": ("both", make_task(build_model=layer_or_not(0.2))),
+    "class made within": ("alone", make_task(build_model=made_within)),
+    "rand_like": (
+        "alone", make_task(build_model=net(lambda self, x: x + 0.1 * torch.rand_like(x)))),
+    "random.random": (
+        "alone", make_task(build_model=net(lambda self, x: x * (1 + random.random())))),
+    "numpy.random": (
+        "alone", make_task(build_model=net(lambda self, x: x * (1 + np.random.random())))),
+    "branch": ("alone", make_task(build_model=net(lambda self, x: x if x.sum() > 9 else 2 * x))),
+    "rate 1": ("by_layers", make_task(space=SPACE | {"p": [0.2, 1.0]}, build_model=mlp)),
+    "many dropouts": ("by_layers", make_task(build_model=many_dropouts)),
+    "float64": ("by_vmap", make_task(FLAT.double(), build_model=lambda i, o, p: mlp_of(nn.Tanh)(
+        i, o, p).double())),
+    "a loss of one's own": (
+        "by_layers/2",
+        make_task(y=FLOATS, outputs=1, loss=nn.HuberLoss(delta=0.3), build_model=mlp),
+    ),
+    "binary": (
+        "by_layers/2",
+        make_task(
+            y=BINARY, outputs=1, loss=F.binary_cross_entropy_with_logits, build_model=mlp),
+    ),
+    "poisson": (
+        "by_layers/2",
+        make_task(y=BINARY * 3, outputs=1, loss=F.poisson_nll_loss, build_model=mlp),
+    ),
+    "classes to ignore": (
+        "by_layers",
+        make_task(y=torch.where(FLAT[:, 0] > 1, -100, CLASSES), build_model=mlp),
+    ),
+    "class weights": (
+        "by_layers",
+        make_task(loss=nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3])), build_model=mlp),
+    ),
+    "adam": ("by_layers", make_task(build_model=mlp, update=adam)),
+    "clipped": ("alone", make_task(build_model=mlp, update=clipped)),
+    "noisy": ("alone", make_task(build_model=mlp, update=noisy)),
+}  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", MODELS)
-def test_any_model_stacks_bit_for_bit_and_ends_like_plain_pytorch(name, monkeypatch):
-    task, model = MODELS[name]
-    monkeypatch.setattr(rs, "build_model", model)
-    data = rs.prepare(task)
-    for update in (rs.update, adam):
-        monkeypatch.setattr(rs, "update", update)
-        trials = make_trials(5, hidden_size=32, num_layers=1, batch_size=17)  # 72 = 4 * 17 + 4 rows
-        for trial in trials:
-            trial.hyperparams["lr"] /= 10
-        wide = train(trials, data)
-        assert len(set(wide)) == 5
-        assert train(trials[2:3], data) == wide[2:3]
-        assert train(trials[3:], data) == wide[3:]
-        assert train(trials[::-1], data) == wide[::-1]
-        if (name, update) != (
-            "BatchNorm1d",
-            adam,
-        ):  # it scales up a bias's gradient that is 0 but for rounding
-            same_as_plain(trials[:2], data, 3, UPDATES[update])
+def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
+    """The oracle: the same rows and the same masks in a PyTorch training loop."""
+    model = rs.make_model(trial, task)
+    words = rs.random_words(trial)
+    order = np.random.default_rng(words[2:4])
+    masks = np.random.SFC64(words[4:6])
+    optimizer = torch.optim.Adam if task.update is adam else torch.optim.SGD
+    optimizer = optimizer(model.parameters(), lr=trial.hyperparams["lr"])
+    rs.seed_all(trial)
+    draw = rs.dropout_by(lambda count: rs.random_numbers(masks.random_raw(-(-count // 4)))[:count])
+    with contextlib.nullcontext() if own_dropout else draw:
+        for _ in range(2):
+            for rows in torch.from_numpy(order.permutation(45)).split(16):
+                optimizer.zero_grad()
+                task.loss(model(task.train_x[rows]), task.train_y[rows]).backward()
+                if task.update is clipped:
+                    for own in model.parameters():
+                        own.grad /= own.grad.norm().clamp(min=1)
+                if task.update is noisy:
+                    for own in model.parameters():
+                        own.grad += 0.01 * torch.randn_like(own.grad[None])[0]
+                optimizer.step()
+    model.eval()
+    rs.seed_all(trial)
+    with torch.no_grad():
+        return -task.loss(model(task.valid_x), task.valid_y).item()
 
 
-@pytest.mark.parametrize("update", [adam, momentum])
-def test_an_update_is_that_of_torch_optim_trial_by_trial(update, monkeypatch):
-    monkeypatch.setattr(rs, "update", update)
-    trials = make_trials(4, hidden_size=32, num_layers=2, batch_size=16)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_trial_is_as_in_plain_pytorch_and_the_same_in_any_company(name, monkeypatch):
+    expected, task = KINDS[name]
+    trials = sample_trials(task, range(6))
+    stacks = []
+    make = rs.Stack.__init__
+
+    def spy(self, trials, models, task, kind):
+        stacks.append((trials, kind))
+        make(self, trials, models, task, kind)
+
+    monkeypatch.setattr(rs.Stack, "__init__", spy)
+    together = scores(task, trials)
+    ways = {}
+    for members, kind in stacks[-6:]:
+        way = kind.gradients.__name__.removeprefix("gradients_") + "/2" * (kind.least - 1)
+        ways |= {trial.number: way for trial in members}
+    if expected and expected != "both":
+        assert set(ways.values()) == {expected}
     for trial in trials:
-        extra = {"momentum": 0.2 * trial.number, "weight_decay": 0.1 / (1 + trial.number)}
-        trial.hyperparams |= extra if update is momentum else {}
-    same_as_plain(trials, rs.prepare("two outputs"), 4, UPDATES[update])
+        own_dropout = ways[trial.number] == "alone"
+        plain = plain_score(task, trial, own_dropout)
+        assert float.fromhex(together[trial.number]) == pytest.approx(plain, abs=1e-4, rel=1e-4)
+    apart = scores(task, trials[3:][::-1]) | scores(task, trials[:3])
+    assert apart == together
+    for trial in trials[:2]:
+        assert scores(task, [trial]) == {trial.number: together[trial.number]}
 
 
-# ---- A trial is a function of (seed, number) ----------------------------------------------------
+@pytest.mark.parametrize("width", [1, 3, 10, 32, 100])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_lone_trial_has_the_bits_it_has_among_others(width, outputs):
+    y, loss = (FLOATS, F.mse_loss) if outputs == 1 else (CLASSES, F.cross_entropy)
+    task = make_task(
+        y=y, outputs=outputs, loss=loss, build_model=functools.partial(mlp, width=width)
+    )
+    trials = sample_trials(task, range(20))
+    together = scores(task, trials)
+    assert together == {n: own for trial in trials for n, own in scores(task, [trial]).items()}
 
 
-@pytest.mark.parametrize("name", ["xor", "regression"])
-def test_bit_for_bit_alone_in_a_pair_and_in_a_wide_stack(name):
-    data = rs.prepare(name)
-    for hidden_size, num_layers in itertools.product([32, 64, 128, 256], [1, 2, 4]):
-        trials = make_trials(11, hidden_size=hidden_size, num_layers=num_layers)
-        wide = train(trials, data)
-        assert len(set(wide)) > 8
-        assert train(trials[3:4], data) == wide[3:4]
-        assert train(trials[9:], data) == wide[9:]
-        assert train(trials[::-1], data) == wide[::-1]
+def test_a_stack_is_bounded_and_its_parts_give_the_same_bits(monkeypatch):
+    task = make_task(build_model=mlp)
+    trials = sample_trials(task, range(7))
+    examine = rs.examine
+    sizes = []
+
+    def small(trial, task):
+        kind, problem = examine(trial, task)
+        sizes.append(kind.most)
+        return kind._replace(most=3), problem
+
+    whole = scores(task, trials)
+    monkeypatch.setattr(rs, "examine", small)
+    assert scores(task, trials) == whole
+    assert 100 < sizes[0] < 2**22 / (2 * 323)
 
 
-@pytest.mark.parametrize("name", ["two outputs", "three classes"])
-def test_bit_for_bit_in_batches_on_any_number_of_threads(name):
-    data, threads = rs.prepare(name), torch.get_num_threads()
-    trials = make_trials(20, hidden_size=64, num_layers=2, batch_size=16)
-    wide = train(trials, data)
-    torch.set_num_threads(2)
-    try:
-        assert train(trials[7:8], data) == wide[7:8]
-        assert train(trials[5:15], data) == wide[5:15]
-    finally:
-        torch.set_num_threads(threads)
+def test_masks_have_each_trials_own_rate():
+    noise = rs.random_numbers(np.random.SFC64(0).random_raw(2**16)).view(2, -1)
+    rates = torch.tensor([[0.1], [0.5]])
+    masks = rs.dropout_mask(noise, *rs.dropout_bounds(rates))
+    kept = (masks > 0).float().mean(1)
+    assert kept.tolist() == pytest.approx([0.9, 0.5], abs=0.005)
+    assert sorted(masks[0].unique().tolist()) == pytest.approx([0, 1 / 0.9])
+    assert masks.mean(1).tolist() == pytest.approx([1, 1], abs=0.01)
 
 
-def numbered(trials):
-    return sorted(trials, key=lambda trial: trial.number)
+def test_bundled_tasks_learn():
+    """Regression's best beats the line that is fitted to the rows that train; XOR is solved."""
+    task = rs.regression()
+    x = torch.cat([task.train_x, torch.ones(10, 1)], 1)
+    line = torch.linalg.lstsq(x, task.train_y).solution
+    line_loss = F.mse_loss(torch.cat([task.valid_x, torch.ones(5, 1)], 1) @ line, task.valid_y)
+    assert -rs.search(task, 40, 150)[0].score < line_loss
+    assert -rs.search(rs.xor(), 30, 200)[0].score < 0.05
 
 
-def test_the_seed_and_nothing_else_decides():
-    first = numbered(rs.search("xor", 20, 3))
-    torch.manual_seed(99)
-    np.random.seed(99)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    again = numbered(rs.search("xor", 10, 3, repeats=2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-    assert [t.score for t in again] == [t.score for t in first[:10]]
-    other = numbered(rs.search("xor", 10, 3, seed=1))
-    assert all(a.hyperparams != b.hyperparams for a, b in zip(first, other, strict=False))
-    assert {t.score for t in first}.isdisjoint(t.score for t in other)
+def test_two_threads_search_in_turn():
+    task = make_task(build_model=Encoder, x=SERIES)
+    alone = [trial.score for trial in rs.search(task, 4, 2)]
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda _: rs.search(task, 4, 2), range(2)))
+    assert [[trial.score for trial in trials] for trials in results] == [alone, alone]
 
 
-def test_the_sampler_is_uniform_and_gives_plain_values():
-    space = {"a": np.linspace(0, 1, 5), "b": np.arange(4), "c": [None, True, "x", 2.5], "d": (7,)}
-    space["e"] = lambda generator: 10 ** generator.uniform(-4, -1)
-    samples = [rs.sample_hyperparams(space, 3, number) for number in range(2000)]
-    kinds = {type(value) for sample in samples for value in sample.values()}
-    assert kinds == {float, int, bool, str, type(None)}
-    for name, size in {"a": 5, "b": 4, "c": 4}.items():
-        counts = [[s[name] for s in samples].count(value) for value in list(space[name])]
-        assert sum((c - 2000 / size) ** 2 / (2000 / size) for c in counts) < 25  # chi squared
-    assert all(1e-4 <= sample["e"] <= 1e-1 for sample in samples)
-    assert {s["x"] for s in [rs.sample_hyperparams({"x": [0.1 + 0.2]}, 0, 0)]} == {0.3}
+# ---- The sampler and the search -----------------------------------------------------------------
 
 
-def test_dropout_keeps_its_rate_and_is_independent():
-    keys = torch.stack([rs.trial_keys(trial) for trial in make_trials(16)])
-    rates = torch.full((16, 1), 0.3)
-    ones = torch.ones(16, 8, 64)
-    one, other = (rs.StackedDropout(keys[:, place], rates) for place in (2, 3))
-    masks = torch.stack([one(ones) for _ in range(40)])
-    assert masks.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    kept = (masks > 0).float()
-    assert kept.mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / kept.numel()))
-    shifted = {
-        "step": (kept[1:], kept[:-1]),
-        "trial": (kept[:, 1:], kept[:, :-1]),
-        "row": (kept[:, :, 1:], kept[:, :, :-1]),
-        "unit": (kept[..., 1:], kept[..., :-1]),
-        "layer": (kept, torch.stack([(other(ones) > 0).float() for _ in range(40)])),
+def test_a_sample_is_a_function_of_seed_and_number():
+    space = rs.HYPERPARAMS | {"act": [torch.relu, "tanh"], "x": lambda g: g.uniform(), "n": [1, 2]}
+    samples = [rs.sample_hyperparams(space, 3, n) for n in range(500)]
+    assert samples[7] == rs.sample_hyperparams(space, 3, 7) != rs.sample_hyperparams(space, 4, 7)
+    assert {type(own) for own in samples[0].values()} <= {
+        float,
+        int,
+        str,
+        types.BuiltinFunctionType,
     }
-    for name, pair in shifted.items():
-        a, b = (values.flatten() - 0.7 for values in pair)
-        assert abs((a * b).mean().item() / 0.21) < 5 / math.sqrt(len(a)), name
+    counts = [sum(own["batch_size"] == size for own in samples) for size in (16, 32, 64, 128)]
+    assert min(counts) > 90  # of 125: 3.6 standard deviations
+    assert len({own["lr"] for own in samples}) > 90
+    assert all(len(repr(own["dropout"])) == 3 for own in samples)
 
 
-def test_every_hyperparameter_acts():
-    base = {"lr": 0.05, "batch_size": 16, "hidden_size": 32, "num_layers": 2, "dropout": 0.1}
-    changes = {"lr": 0.06, "batch_size": 32, "hidden_size": 64, "num_layers": 3, "dropout": 0.2}
-    data = rs.prepare("two outputs")
-    losses = [train([rs.Trial(0, 0, base)], data)[0]]
-    losses += [train([rs.Trial(0, 0, base | {name: v})], data)[0] for name, v in changes.items()]
-    assert len(set(losses)) == 6
+def score_of(hyperparams):
+    return -((hyperparams["x"] - 0.3) ** 2)
 
 
-def test_stacks_hold_each_trial_once_and_are_bounded():
-    data, trials = rs.prepare("xor"), make_trials(300)
-    stacks = rs.make_stacks(trials, data)
-    assert sorted(t.number for stack in stacks for t in stack) == list(range(300))
-    for stack in stacks:
-        assert (
-            len({(t.hyperparams["hidden_size"], t.hyperparams["num_layers"]) for t in stack}) == 1
-        )
-        weights = sum(p.numel() for p in rs.make_model(stack[0], data).parameters())
-        assert len(stack) <= max(2, 2**21 / weights)
-    sizes = [trial.hyperparams["batch_size"] for trial in max(stacks, key=len)]
-    assert len(set(sizes)) == 4  # all are a full batch
+UNIFORM = {"x": lambda generator: generator.uniform()}
 
 
-def test_a_last_batch_of_one_row_joins_the_one_before(monkeypatch):
-    monkeypatch.setitem(rs.TASKS, "odd", rs.Task(ROWS[:33], ROWS[:33, 0], F.mse_loss, None))
-    data = rs.prepare("odd")
-    stack = rs.stack_models(make_trials(2, batch_size=16, hidden_size=32, num_layers=1), data)
-    steps = [x for x, _ in rs.batches(stack, data, 1)]
-    assert [len(x[0]) for x in steps] == [16, 17]
-    rows = torch.cat(steps, 1)
-    assert not torch.equal(rows[0], rows[1])
-    assert sorted(rows[0].tolist()) == sorted(rows[1].tolist()) == sorted(data.train[0].tolist())
+def test_search_returns_the_best_first_and_the_first_ten_are_a_search_of_ten():
+    task = make_task(build_model=mlp)
+    many = rs.search(task, 30, 2, seed=1)
+    few = rs.search(task, 10, 2, seed=1)
+    assert [own for own in many if own.number < 10] == [
+        rs.replace(own, stack=own.stack) for own in many if own.number < 10
+    ]
+    by_number = {trial.number: (trial.hyperparams, trial.score) for trial in many}
+    assert {own.number: (own.hyperparams, own.score) for own in few} == {
+        n: by_number[n] for n in range(10)
+    }
+    assert [own.score for own in many] == sorted((own.score for own in many), reverse=True)
+    assert rs.search(task, 30, 2, seed=2)[0].score != many[0].score
+    assert [own.number for own in rs.search(task, [7], 2, seed=1)] == [7]
 
 
-def test_the_kept_model_takes_raw_rows_and_scores_what_the_search_did():
-    for name, scale in [("regression", 1), ("two outputs", 1), ("huge", 1e20), ("tiny", 1e-27)]:
-        x = ROWS[:, :1] * scale
-        rs.TASKS.setdefault(name, rs.Task(x, 1e3 * ROWS[:, 0] ** 2 + 500, F.mse_loss))
-        data, models = rs.prepare(name), []
-        ((_, score),) = rs.train_and_evaluate(make_trials(1, lr=0.01), data, 20, models)
-        task = rs.TASKS[name]
-        order = np.random.default_rng(0).permutation(len(task.x))
-        rows = order[: round(0.2 * len(order))] if name != "regression" else task.held_out
-        y = torch.tensor(np.asarray(task.y)[rows]).reshape(-1, data.sizes[1]).float()
-        raw = torch.tensor(np.asarray(task.x)[rows]).reshape(len(y), -1)
-        assert F.mse_loss(models[0](raw).float(), y).item() == pytest.approx(1 / score, rel=1e-3)
-        rs.TASKS.pop(name) if name in ("huge", "tiny") else None
+def test_finals_decide_by_the_mean_of_repeats():
+    plain = rs.random_search(score_of, UNIFORM, 20)
+    worst = plain[-1].hyperparams["x"]
+    calls = []
+
+    def lucky(hyperparams):
+        """The first run of the worst trial is luck, which no repeat has."""
+        calls.append(hyperparams["x"])
+        is_luck = hyperparams["x"] == worst and calls.count(worst) == 1
+        return 10.0 if is_luck else score_of(hyperparams)
+
+    trials = rs.random_search(lucky, UNIFORM, 20, repeats=3)
+    numbers = [trial.number for trial in plain]
+    assert [trial.number for trial in trials] == [*numbers[:4], numbers[-1], *numbers[4:-1]]
+    assert [len(trial.repeats) for trial in trials[:6]] == [3] * 5 + [0]
+    assert len(calls) == 20 + 15
+    task = make_task(build_model=mlp)
+    best = rs.search(task, 10, 2, repeats=3)
+    means = [np.mean(trial.repeats) for trial in best[:5]]
+    assert means == sorted(means, reverse=True)
+    assert len({score for trial in best[:5] for score in trial.repeats}) == 15
 
 
-# ---- The search and its log ---------------------------------------------------------------------
+def test_a_function_draws_the_same_random_numbers_each_time():
+    def draw(hyperparams):
+        return random.random() + np.random.random() + torch.rand(1).item()
 
-
-def negative_square(trials):
-    for trial in trials:
-        yield trial, -(trial.hyperparams["x"] ** 2)
-
-
-def test_any_function_can_be_searched():
-    best, *_ = trials = rs.random_search(negative_square, {"x": range(-9, 10)}, np.int64(99))
-    assert best.hyperparams == {"x": 0}
-    assert best.number == min(t.number for t in trials if t.hyperparams["x"] == 0)
+    first = rs.random_search(draw, UNIFORM, 5, repeats=2)
+    assert first == [
+        rs.replace(own, seconds=a.seconds)
+        for own, a in zip(rs.random_search(draw, UNIFORM, 5, repeats=2), first, strict=True)
+    ]
+    assert rs.random_search(draw, UNIFORM, [3])[0].score == next(
+        t.score for t in first if t.number == 3
+    )
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"),
-    [([1.0, 3.0, 2.0], 1), ([2.0, 3.0, 3.0], 1), ([math.nan, -5.0, -7.0], 1), ([math.inf, 1.0], 1)],
+    "kind", [np.float32, np.float64, torch.tensor, np.array, lambda v: torch.tensor([v]), int]
 )
-def test_the_best_is_the_highest_then_the_lowest_number_and_never_nan(scores, best):
-    for order in (1, -1):
-
-        def given(trials, order=order):
-            return [(trial, scores[trial.number]) for trial in trials[::order]]
-
-        found = rs.random_search(given, {"x": [0]}, len(scores))
-        assert found[0].number == best
-        assert sorted(t.number for t in found) == list(range(len(scores)))
-
-
-def test_repeats_are_trials_of_their_own_and_stay_the_same(tmp_path):
-    first = rs.search("xor", 12, 3, repeats=3, log=str(tmp_path / "log"))
-    scores = [trial.repeats for trial in first[:5]]
-    assert len(set(itertools.chain(*scores)) | {t.score for t in first[:5]}) == 20
-    assert [t.repeats for t in first[5:]] == [[]] * 7
-    again = rs.search("xor", 12, 3, repeats=3)
-    assert [trial.repeats for trial in again[:5]] == scores
-
-
-def rows_of(path, columns="number, repeat, score, hyperparams"):
-    with contextlib.closing(sqlite3.connect(path)) as log:
-        return sorted(log.execute(f"SELECT {columns} FROM trials"), key=str)
-
-
-def test_the_log_resumes_only_what_is_missing(tmp_path, capsys):
-    path, ran = str(tmp_path / "log"), []
-
-    def score(trials):
-        for trial in trials:
-            ran.append(trial.number)
-            yield trial, math.nan if trial.hyperparams["x"] == 0 else trial.hyperparams["x"] / 3
-
-    space = {"x": range(5), "y": [None, "a", 0.1, nn.ReLU, (1, 2)]}
-    first = rs.random_search(score, space, 20, log=path)
-    again = rs.random_search(score, space, 30, log=path)
-    assert ran == list(range(30))
-    assert [t.score for t in numbered(again)[:20]] == pytest.approx(
-        [t.score for t in numbered(first)], nan_ok=True
+def test_scores_of_any_type(kind, tmp_path):
+    log = str(tmp_path / "log.db")
+    trials = rs.random_search(lambda hyperparams: kind(0.5), UNIFORM, 3, log=log)
+    assert [trial.score for trial in trials] == [float(kind(0.5))] * 3
+    assert (
+        sqlite3.connect(log).execute("SELECT typeof(score) FROM trials").fetchall()
+        == [("real",)] * 3
     )
-    assert len(rows_of(path)) == 30
-    assert None in [row[2] for row in rows_of(path)]
-    rs.random_search(score, space | {"z": [1]}, 5, log=path)
-    assert capsys.readouterr().err.strip().endswith("edited: space")
-    rs.random_search(score, space, 5, log=path, seed=np.int64(1))
-    assert capsys.readouterr().err.strip().endswith("edited: seed")
-    assert len(rows_of(path)) == 40
 
 
-def test_a_process_takes_its_share_first_and_then_what_is_left(tmp_path, monkeypatch):
-    calls = []
-
-    def score(trials):
-        calls.append([trial.number for trial in trials])
-        return [(trial, 1.0) for trial in trials]
-
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "3"}.items():
-        monkeypatch.setenv(name, value)
-    rs.random_search(score, {"x": [0]}, 6, log=str(tmp_path / "log"))
-    assert calls[0] == [1, 4]
-    assert sorted(sum(calls, [])) == list(range(6))
-    with pytest.raises(rs.InputError, match="log"):
-        rs.random_search(score, {"x": [0]}, 6)
+def test_what_diverged_comes_last_and_is_told(capsys):
+    bad = itertools.cycle([math.nan, math.inf, -math.inf, 0.5])
+    trials = rs.random_search(lambda hyperparams: next(bad), UNIFORM, 8, repeats=1)
+    assert [math.isnan(trial.score) for trial in trials] == [False] * 2 + [True] * 6
+    rs.report(trials)
+    assert "6 of 8 trials diverged: standardise" in capsys.readouterr().out
+    task = make_task(y=FLOATS * 1e30, outputs=1, loss=F.mse_loss, build_model=mlp)
+    assert all(math.isnan(trial.score) for trial in rs.search(task, 3, 2, repeats=1))
 
 
-def test_a_partial_of_a_loss_is_known_again_and_by_its_arguments(tmp_path, capsys):
-    for smoothing in (0.1, 0.1, 0.2):
-        loss = partial(F.cross_entropy, label_smoothing=smoothing)
-        rs.TASKS["smooth"] = rs.Task(ROWS, ROWS.argmax(1), loss)
-        rs.search("smooth", 3, 1, log=str(tmp_path / "log"))
-    rs.TASKS.pop("smooth")
-    assert len(rows_of(tmp_path / "log")) == 6
-    assert capsys.readouterr().err.strip().endswith("edited: loss")
-
-
-def test_a_partial_of_a_train_function_is_known_again_and_by_its_arguments(tmp_path):
-    def times(trials, factor):
-        for trial in trials:
-            yield trial, factor * trial.hyperparams["x"]
-
-    for factor in (1, 1, 2):
-        train = partial(times, factor=factor)
-        (trial,) = rs.random_search(train, {"x": [3]}, 1, log=str(tmp_path / "log"))
-        assert trial.score == 3 * factor
-    assert len(rows_of(tmp_path / "log")) == 2
-
-
-def test_a_function_in_the_space_is_known_by_what_it_encloses(tmp_path):
-    def up_to(high):
-        return lambda generator: generator.uniform(0, high)
-
-    for high in (1.0, 1.0, 2.0):
-        rs.random_search(negative_square, {"x": up_to(high)}, 3, log=str(tmp_path / "log"))
-    assert len(rows_of(tmp_path / "log")) == 6
-
-
-def test_a_resumed_search_is_not_told_as_new_whatever_its_settings(tmp_path, capsys):
-    options = {"log": str(tmp_path / "log"), "threshold": math.nan}  # no equal of itself
-    for _ in range(2):
-        rs.random_search(negative_square, {"x": [1.0]}, 3, **options)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_function_that_yields_nothing_is_an_error():
-    with pytest.raises(rs.InputError, match="no score"):
-        rs.random_search(lambda trials: [], {"x": [0]}, 1)
-
-
-def test_no_search_mixes_with_another(tmp_path, monkeypatch, capsys):
-    path = str(tmp_path / "log")
-    rs.search("regression", 4, 3, log=path)
-
-    def build_model(inputs, outputs, hidden_size, num_layers, dropout):
-        return nn.Sequential(
-            nn.Linear(inputs, hidden_size), nn.Tanh(), nn.Linear(hidden_size, outputs)
+def test_losses_of_any_size_and_sign():
+    """No floor, no refusal, no scaling: the loss of plain PyTorch."""
+    for scale, shift in ((1e-7, 0), (1, 1.7e9), (1, -5)):
+        y = FLOATS * scale + shift
+        task = make_task(y=y, outputs=1, loss=F.mse_loss, build_model=mlp)
+        (trial,) = rs.search(task, 1, 2)
+        assert -trial.score == pytest.approx(
+            -plain_score(task, trial, False), rel=1e-4, nan_ok=True
         )
 
-    monkeypatch.setattr(rs, "build_model", build_model)
-    rs.search("regression", 4, 3, log=path)
-    assert "build_model" in capsys.readouterr().err
-    changed = rs.TASKS["regression"]._replace(x=rs.ARTICLE[0] ** 2)
-    monkeypatch.setitem(rs.TASKS, "regression", changed)
-    rs.search("regression", 4, 3, log=path)
-    assert capsys.readouterr().err.strip().endswith("edited: rows")
-    rs.search("regression", 4, 4, log=path)
-    assert capsys.readouterr().err.strip().endswith("edited: epochs")
-    rs.search("xor", 4, 3, log=path)
-    rs.search("regression", 4, 3, log=path)
+
+def test_a_score_of_ones_own():
+    def accuracy(outputs, y):
+        assert outputs.shape == (16, 3)
+        return (outputs.argmax(1) == y).float().mean()
+
+    trials = rs.search(make_task(build_model=mlp, score=accuracy), 20, 3)
+    assert trials[0].score == max(trial.score for trial in trials)
+    assert all(0 <= trial.score * 16 == round(trial.score * 16) for trial in trials)
+
+
+# ---- Bad input, and errors of the reader's own --------------------------------------------------
+
+
+def unchanging(parameter, gradient, state, lr):
+    return parameter - lr * gradient
+
+
+BAD = {
+    "an unknown key": (dict(space=SPACE | {"size": [3]}), "size.*mlp.*update"),
+    "a missing key": (dict(space={"lr": [0.1]}), "p is missing.*mlp.*update"),
+    "a broadcast": (dict(y=FLOATS[:, 0], outputs=1, loss=F.mse_loss), r"\[45, 1\].*\[45\]"),
+    "an update that returns": (dict(update=unchanging), "update.*in place"),
+    "a batch size of 0": (dict(space=SPACE | {"batch_size": [0]}), "batch_size is 0"),
+    "a batch size of floats": (dict(space=SPACE | {"batch_size": [8.0]}), "batch_size is 8.0"),
+    "rows that do not match": (dict(y=CLASSES[:50]), "rows"),
+    "another draw each time": (
+        dict(space=SPACE | {"p": lambda generator: np.random.uniform()}), "space: p"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_before_training(name, monkeypatch):
+    options, message = BAD[name]
+    monkeypatch.setattr(rs.Stack, "batches", None)  # so that training would fail
+    with pytest.raises(rs.InputError, match=message) as error:
+        rs.search(make_task(**{"build_model": mlp} | options), 3, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_misspelt_options_and_no_trials():
+    with pytest.raises(TypeError, match="repeat"):
+        rs.search(rs.xor(), 3, 2, repeat=5)
+    with pytest.raises(rs.InputError, match="no trials"):
+        rs.search(rs.xor(), 0, 2)
+
+
+def fails(*_):
+    raise OSError("of the reader's own")
+
+
+def model_that_fails(inputs, outputs, p, size):
+    return fails() if size == 7 else nn.Linear(inputs, outputs)
+
+
+SIZES = SPACE | {"size": [3, 7]}
+
+
+@pytest.mark.parametrize("options", [
+    {"build_model": model_that_fails, "space": SIZES},
+    {"loss": fails},
+    {"score": fails},
+    {"update": lambda parameter, gradient, state, lr: fails()},
+    {"build_model": lambda inputs, outputs, p: nn.Sequential(type("Bad", (nn.Module,), {"forward": fails})())},
+])  # fmt: skip
+def test_an_error_of_the_readers_own_keeps_its_traceback_and_names_the_trial(options):
+    with pytest.raises(OSError, match="of the reader's own") as error:
+        rs.search(make_task(**{"build_model": mlp} | options), 8, 2)
+    assert error.traceback[-1].name == "fails"
+    number = int(error.value.__notes__[-1].split()[2].rstrip(":"))
+    assert (
+        str(rs.sample_hyperparams(options.get("space", SPACE), 0, number))
+        in error.value.__notes__[-1]
+    )
+    if "space" in options:
+        assert "'size': 7" in error.value.__notes__[-1]
+
+
+def test_what_has_finished_before_an_error_is_in_the_log(tmp_path):
+    log = str(tmp_path / "log.db")
+    calls = []
+
+    def sixth_fails(hyperparams):
+        calls.append(hyperparams)
+        return fails() if len(calls) == 6 else 1.0
+
+    with pytest.raises(OSError) as error:
+        rs.random_search(sixth_fails, UNIFORM, 10, log=log)
+    assert "in trial 5: {'x': " in error.value.__notes__[0]
+    assert sqlite3.connect(log).execute("SELECT count(*) FROM trials").fetchone() == (5,)
+
+
+def test_values_reach_update_as_they_are():
+    seen = set()
+
+    def chosen(parameter, gradient, state, lr, optimizer, nesterov, steps):
+        seen.add((optimizer, nesterov, steps))
+        if optimizer == "sign" and not nesterov:
+            gradient = gradient.sign()
+        parameter -= lr * gradient
+
+    space = SPACE | {"optimizer": ["sgd", "sign"], "nesterov": [True, False], "steps": [1, 2]}
+    task = make_task(build_model=mlp, update=chosen, space=space)
+    trials = sample_trials(task, range(30))
+    together = scores(task, trials)
+    assert seen == set(itertools.product(["sgd", "sign"], [True, False], [1, 2]))
+    assert together == {n: own for trial in trials for n, own in scores(task, [trial]).items()}
+
+
+# ---- The log ------------------------------------------------------------------------------------
+
+
+def count(log) -> int:
+    return sqlite3.connect(log).execute("SELECT count(DISTINCT search) FROM trials").fetchone()[0]
+
+
+def test_a_search_resumes_and_says_so(tmp_path, capsys):
+    log = str(tmp_path / "log.db")
+    task = make_task(build_model=mlp)
+    rs.search(task, 5, 2, log=log)
     assert capsys.readouterr().err == ""
-    assert len(rows_of(path)) == 20
+    trials = rs.search(task, 8, 2, log=log)
+    assert capsys.readouterr().err == f"{log}: 5 of 8 trials of this search are there\n"
+    expected = rs.search(task, 8, 2)
+    assert [own.score for own in trials] == [own.score for own in expected]
+    rs.search(task, 5, 3, log=log)
+    line = f"{log}: 0 of 5 trials of this search are there; it holds 1 others\n"
+    assert capsys.readouterr().err == line
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The log of an uninterrupted search, and its output."""
-    path = tmp_path_factory.mktemp("log") / "log"
-    run = command("--trials", 40, "--epochs", 100, "--log", path)
-    assert run.returncode == 0, run.stderr
-    return rows_of(path), run.stdout
+FACTOR = 1
 
 
-def test_a_killed_search_resumes_to_the_same_rows(whole, tmp_path):
-    path, moments, killed = tmp_path / "log", random.Random(5), 0
-    for _ in range(4):
-        try:  # run() kills by SIGKILL
-            command("--trials", 40, "--epochs", 100, "--log", path, timeout=moments.uniform(1, 2))
-        except subprocess.TimeoutExpired:
-            killed += 1
-    assert killed
-    run = command("--trials", 40, "--epochs", 100, "--log", path)
-    assert (rows_of(path), run.stdout) == whole
+def helper(x):
+    return x * FACTOR
 
 
-def test_two_processes_are_one(whole, tmp_path):
-    path = tmp_path / "log"
-    program = (
+class Layer(nn.Linear):
+    def forward(self, x):
+        return helper(super().forward(x))
+
+
+class Wider(Layer):
+    pass
+
+
+def run_code(code: str, **names) -> dict:
+    """Names that code defines, as in a notebook: without source."""
+    exec(code, names)
+    return names
+
+
+LOSS = "def loss(outputs, y): return F.cross_entropy(outputs, y) * 1"
+WAYS_TO_DIFFER = {
+    "arguments of a module": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.ones(3) * 2)),
+    "options of a module": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)),
+    "arguments of a partial": [
+        functools.partial(F.cross_entropy, label_smoothing=own) for own in (0.1, 0.2)],
+    "what a lambda closes over": [
+        (lambda own: lambda outputs, y: own * F.cross_entropy(outputs, y))(own) for own in (1, 2)],
+    "a notebook's function": [
+        run_code(own, F=F)["loss"] for own in (LOSS, LOSS.replace("1", "2"))],
+    "a notebook's global": [
+        run_code(LOSS.replace("1", "own"), F=F, own=own)["loss"] for own in (1, 2)],
+    "the second line": [
+        run_code("def loss(outputs, y):\n    a = 1\n    return F.cross_entropy(outputs, y) * " + own, F=F)[
+            "loss"] for own in ("a", "2")],
+    "a helper's own helper": [
+        run_code(f"def c(): return {own}\ndef b(): return c()\n" + LOSS.replace("1", "b()"), F=F)["loss"]
+        for own in (1, 2)],
+    "a bound method": [types.MethodType(lambda self, o, y: F.cross_entropy(o, y) * self, own) for own in (1, 2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS_TO_DIFFER)
+def test_a_search_is_known_by_all_that_its_functions_refer_to(way, tmp_path):
+    log = str(tmp_path / "log.db")
+    for loss in WAYS_TO_DIFFER[way]:
+        for _ in range(2):
+            rs.search(make_task(build_model=mlp, loss=loss), 2, 1, log=log)
+    assert count(log) == 2
+
+
+def test_a_search_is_known_by_its_layers_space_rows_and_settings(tmp_path, monkeypatch):
+    log = str(tmp_path / "log.db")
+
+    def build_model(inputs, outputs, p):
+        return Wider(inputs, outputs)
+
+    task = make_task(build_model=build_model)
+
+    def search(task=task, epochs=1, **options):
+        rs.search(task, 2, epochs, log=log, **options)
+        return count(log)
+
+    assert [search(), search()] == [1, 1]
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2)  # a layer's base's helper's global
+    assert search() == 2
+    monkeypatch.setattr(Layer, "forward", lambda self, x: F.linear(x, self.weight))
+    assert search() == 3
+    assert search(epochs=2) == 4
+    assert search(seed=1) == 5
+    assert search(name="other") == 6
+    assert search(task._replace(train_x=task.train_x + 1)) == 7
+    assert search(task._replace(space=SPACE | {"p": [0.1]})) == 8
+    high = [(lambda high: lambda g: g.uniform(0, high))(own) for own in (0.1, 0.2)]
+    assert [search(task._replace(space=SPACE | {"p": own})) for own in high] == [9, 10]
+    assert search() == 10
+
+
+def test_a_key_is_the_same_in_every_process_and_for_other_comments():
+    code = """
+import sys; sys.path.insert(0, {here!r})
+import random_search as rs, torch, functools
+NAMES = {{"relu", "tanh", "elu", "gelu"}}
+def loss(outputs, y):{comment}
+    return len(NAMES & {{"relu", "b", "c"}}) * outputs.sum()
+print(rs.describe([loss, torch.relu, {{"act": [torch.relu, torch.tanh]}}, rs.train], {{}}))
+"""
+    outputs = set()
+    for comment, seed in (("", "1"), ("  # why\n", "2")):
+        text = code.format(here=str(HERE), comment=comment)
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", text]
+        outputs.add(
+            subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        )
+    assert len(outputs) == 1
+
+
+def test_functions_in_a_space_resume(tmp_path):
+    log = str(tmp_path / "log.db")
+
+    def score(hyperparams):
+        score.calls += 1
+        return float(hyperparams["act"](torch.ones(1)))
+
+    score.calls = 0
+    for _ in range(2):
+        rs.random_search(score, {"act": [torch.relu, torch.tanh]}, 6, log=log)
+    assert score.calls == 6
+
+
+def test_the_log_is_a_table_that_others_read(tmp_path):
+    log = str(tmp_path / "log.db")
+    rs.search(make_task(build_model=mlp), 3, 1, log=log, name="flat", repeats=2)
+    rows = sqlite3.connect(log)
+    rows.row_factory = sqlite3.Row
+    rows = rows.execute("SELECT * FROM trials").fetchall()
+    names = [
+        "search",
+        "name",
+        "seed",
+        "number",
+        "repeat",
+        "score",
+        "hyperparams",
+        "seconds",
+        "stack",
+    ]
+    assert rows[0].keys() == names
+    assert sorted((row["number"], row["repeat"]) for row in rows) == [
+        *itertools.product(range(3), range(3))
+    ]
+    assert json.loads(rows[0]["hyperparams"]).keys() == SPACE.keys()
+    assert all(row["seconds"] > 0 and row["stack"] >= 3 and row["name"] == "flat" for row in rows)
+
+
+def test_ctrl_c_reports_what_has_finished(tmp_path, capsys):
+    log = str(tmp_path / "log.db")
+
+    def interrupted(hyperparams):
+        interrupted.calls += 1
+        if interrupted.calls == 4:
+            raise KeyboardInterrupt
+        return score_of(hyperparams)
+
+    interrupted.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        rs.random_search(interrupted, UNIFORM, 10, log=log)
+    table = capsys.readouterr().out.splitlines()
+    best = max(range(3), key=lambda n: score_of(rs.sample_hyperparams(UNIFORM, 0, n)))
+    assert table[1].split()[0] == str(best)
+    assert len(table) == 5
+    assert sqlite3.connect(log).execute("SELECT count(*) FROM trials").fetchone() == (3,)
+    assert len(rs.random_search(interrupted, UNIFORM, 10, log=log)) == 10
+    assert interrupted.calls == 4 + 7
+
+
+# ---- The command line and several processes -----------------------------------------------------
+
+
+def command(*arguments, **options):
+    line = [sys.executable, str(HERE / "random_search.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """main() in this process: its status, standard output and standard error."""
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["random_search.py", *map(str, arguments)])
+        try:
+            status = rs.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return main
+
+
+def without_times(log) -> list:
+    query = "SELECT search, number, repeat, score, hyperparams FROM trials ORDER BY 1, 2, 3"
+    return sqlite3.connect(log).execute(query).fetchall()
+
+
+def test_processes_and_machines_share_the_trials_and_every_log_ends_whole(tmp_path, call):
+    options = ["--task", "regression", "--trials", 24, "--epochs", 5, "--repeats", 2, "--log"]
+    call(*options, tmp_path / "one.db")
+    expected = without_times(tmp_path / "one.db")
+    assert len(expected) == 24 + 10
+    two = command(*options, tmp_path / "two.db", "--processes", 2)
+    assert without_times(tmp_path / "two.db") == expected
+    assert two.stdout.count("trial  ") == 1
+    nodes = []
+    for rank in range(2):
+        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+        line += ["--master-addr=127.0.0.1", "--master-port=29617", "--", HERE / "random_search.py"]
+        line += [*map(str, options), tmp_path / f"node{rank}.db"]
+        nodes.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    assert [node.wait() for node in nodes] == [0, 0]
+    for rank in range(2):
+        assert without_times(tmp_path / f"node{rank}.db") == expected
+
+
+def test_parts_are_of_one_kind_and_of_equal_size(monkeypatch):
+    class Store:
+        def __init__(self):
+            self.count = 0
+
+        def add(self, key, amount):
+            self.count += amount
+            return self.count
+
+    monkeypatch.setattr(rs, "launched", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Store)
+    trials = [rs.Trial(n, 0, {"size": n % 3, "lr": n / 7}) for n in range(100)]
+    parts = list(rs.my_parts(trials, lambda trial: trial.hyperparams["size"]))
+    assert sorted(trial.number for part in parts for trial in part) == list(range(100))
+    assert all(len({trial.hyperparams["size"] for trial in part}) == 1 for part in parts)
+    assert {len(part) for part in parts} <= {6, 7}
+    assert len(list(rs.my_parts(trials, None))) == 16
+
+
+def test_a_rank_that_fails_ends_the_run_and_shows_its_error(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import random_search as rs
+def score(hyperparams):
+    if hyperparams["n"] == 3:
+        raise OSError("of the reader's own")
+    return 1.0
+rs.random_search(score, {{"n": [1, 2, 3]}}, 40, log={str(tmp_path / "log.db")!r})
+""")
+    line = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
-        "--",
-    )
-    run = command("--trials", 40, "--epochs", 100, "--log", path, program=program)
-    assert run.returncode == 0, run.stderr
-    assert (rows_of(path), run.stdout) == whole
-
-
-def test_what_a_failing_trial_leaves_is_told_and_in_the_log(tmp_path, capsys):
-    def fails(trials):
-        for trial in trials:
-            yield trial, [0, 1, 2, 3][trial.number]  # a score of 0 has no loss to report
-
-    with pytest.raises(IndexError):
-        rs.random_search(fails, {"x": [0]}, 9, log=str(tmp_path / "log"))
-    assert len(rows_of(tmp_path / "log")) == 4
-    assert "0 of 4 trials diverged" in capsys.readouterr().err
-
-
-def test_progress_counts_what_is_finished_and_goes(monkeypatch, capsys):
-    def slow(trials):
-        for trial in trials:
-            clock[0] += 0.3
-            yield trial, float(trial.number)
-
-    clock = [0.0]
-    monkeypatch.setattr(rs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    rs.random_search(slow, {"x": [0]}, 5)
-    first, second, last, end = capsys.readouterr().err.split("\r")
-    assert first.strip() == "2 of 5 trials, best score 1, 3.3 a second, 1 s left"
-    assert second.startswith("4 of 5 trials, best score 3")
-    assert (last.strip(), end) == ("", "")
-
-
-def test_a_reader_that_leaves_early_costs_nothing():
-    line = f"{sys.executable} {SCRIPT} --trials 3 --epochs 2 | head -0"
-    run = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, check=False)
-    assert (run.returncode, run.stderr) == (0, b"")
-
-
-@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk is full"), BrokenPipeError()])
-def test_an_error_half_way_is_neither_lost_nor_longer_than_a_line(error, monkeypatch, capsys):
-    def fails(trials, data, epochs):
-        yield trials[0], 1.0
-        raise error
-
-    monkeypatch.setattr(rs, "train_and_evaluate", fails)
-    if isinstance(error, BrokenPipeError):  # of the reader's own training, not of the report
-        with pytest.raises(BrokenPipeError):
-            call(monkeypatch, capsys, "--trials", 2)
-    else:
-        status, out, err = call(monkeypatch, capsys, "--trials", 2)
-        assert (status, out, len(err.splitlines())) == (2, "", 1)
-
-
-def open_together(barrier, paths, errors):
-    for path in paths:
-        barrier.wait()
-        try:
-            rs.open_log(path, {"task": "t"})[0].close()
-        except Exception as error:
-            errors.put(repr(error))
-
-
-def test_processes_may_make_the_log_together(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, errors = context.Barrier(4), context.Queue()
-    paths = [str(tmp_path / f"log{number}") for number in range(60)]
-    arguments = (barrier, paths, errors)
-    processes = [context.Process(target=open_together, args=arguments) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert errors.empty()
-
-
-@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"x" * 99])
-def test_a_file_that_is_no_log_is_refused_and_left_alone(content, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "log"
-    path.write_bytes(content)
-    status, out, err = call(monkeypatch, capsys, "--trials", 2, "--log", path)
-    assert (status, out, len(err.splitlines())) == (2, "", 1)
-    assert path.read_bytes() == content
-    other = tmp_path / "other"
-    with contextlib.closing(sqlite3.connect(other)) as database:
-        database.execute("CREATE TABLE mine (a)")
-    before = other.read_bytes()
-    assert call(monkeypatch, capsys, "--trials", 2, "--log", other)[0] == 2
-    assert other.read_bytes() == before
-
-
-# ---- Bad input ----------------------------------------------------------------------------------
-
-X = np.arange(20.0).reshape(10, 2)
-
-
-@pytest.mark.parametrize(
-    ("task", "problem"),
-    [
-        (rs.Task(X, np.zeros(9), F.mse_loss), "10 rows, y has 9"),
-        (rs.Task([[1.0], [1.0, 2.0]], np.zeros(2), F.mse_loss), "shape"),
-        (rs.Task(np.where(X == 3, math.nan, X), np.zeros(10), F.mse_loss), "finite"),
-        (rs.Task(X, np.full(10, math.inf), F.mse_loss), "finite"),
-        (rs.Task(X * 1e300, np.zeros(10), F.mse_loss), "finite"),
-        (rs.Task([["a"]] * 10, np.zeros(10), F.mse_loss), "numbers"),
-        (rs.Task(X, np.arange(10.0), F.mse_loss, held_out=[]), "held_out"),
-        (rs.Task(X, np.arange(10.0), F.mse_loss, held_out=slice(None)), "held_out"),
-        (rs.Task(X, np.arange(10.0), lambda o, y: F.cross_entropy(o, y)), "depend"),
-        (rs.Task(X, np.zeros(10, int), F.cross_entropy), "depend"),
-        (rs.Task(X, np.eye(10, dtype=int), F.cross_entropy), "shape"),
-        (rs.Task(X, np.arange(10) % 3, F.nll_loss), "below 0"),
-    ],
-)
-def test_bad_rows_are_one_line(task, problem, monkeypatch, capsys):
-    monkeypatch.setitem(rs.TASKS, "mine", task)
-    status, out, err = call(monkeypatch, capsys, "--task", "mine", "--trials", 2, "--epochs", 1)
-    assert (status, out, len(err.splitlines())) == (2, "", 1)
-    assert problem in err
-
-
-@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
-def test_numbers_of_any_kind_are_the_same(loss, monkeypatch):
-    trials, scores = make_trials(2), []
-    for kind in (bool, int, float, np.float32):
-        monkeypatch.setitem(rs.TASKS, "mine", rs.Task(ROWS, (ROWS[:, 0] > 0).astype(kind), loss))
-        scores.append(train(trials, rs.prepare("mine")))
-    assert scores[0] == scores[1] == scores[2] == scores[3]
-
-
-@pytest.mark.parametrize(
-    "y",
-    [
-        (ROWS[:, 0] > 0),
-        (ROWS[:, 0] > 0).astype(float),
-        (ROWS[:, :1] > 0),
-        np.where(ROWS[:, 0] > 0, "yes", "no"),
-        torch.tensor(ROWS[:, 0] > 0),
-        np.where(ROWS[:, 0] > 0, "yes", np.array(None)),
-        [bool(value > 0) for value in ROWS[:, 0]],
-    ],
-)
-def test_labels_of_any_kind_are_the_same(y, monkeypatch):
-    monkeypatch.setitem(rs.TASKS, "mine", rs.Task(ROWS, y, F.cross_entropy))
-    monkeypatch.setitem(rs.TASKS, "whole", rs.Task(ROWS, (ROWS[:, 0] > 0) * 1, F.cross_entropy))
-    trials = make_trials(2)
-    assert train(trials, rs.prepare("mine")) == train(trials, rs.prepare("whole"))
-
-
-def test_numbers_are_standardised_by_the_training_rows_and_constants_stay(monkeypatch):
-    x = np.stack([ROWS[:, 0] * 9 + 3, np.where(np.arange(90) % 2, 0.3, 0.1 + 0.2)], 1)
-    x[80:] = [1000, 0.5]
-    task = rs.Task(torch.tensor(x, requires_grad=True), ROWS[:, 1] * 7, F.mse_loss, range(80, 90))
-    monkeypatch.setitem(rs.TASKS, "mine", task)
-    data = rs.prepare("mine")
-    assert data.train[0][:, 0].mean().item() == pytest.approx(0, abs=1e-6)
-    assert data.train[0][:, 0].std(correction=0).item() == pytest.approx(1)
-    assert data.train[1].std(correction=0).item() == pytest.approx(1)
-    assert data.scored[0][:, 1].tolist() == [0.5] * 10
-    assert data.scored[1].flatten().tolist() == pytest.approx(ROWS[80:, 1] * 7)
-
-
-def test_targets_of_0_and_1_stay():
-    assert rs.prepare("binary").train[1].unique().tolist() == [0, 1]
-
-
-def test_a_class_that_training_never_sees_is_told(monkeypatch, capsys):
-    task = rs.Task(ROWS[:50], np.arange(50) % 5, F.cross_entropy, slice(4, None, 5))
-    monkeypatch.setitem(rs.TASKS, "mine", task)
-    rs.prepare("mine")
-    assert "only in the rows to score" in capsys.readouterr().err
-    monkeypatch.setitem(rs.TASKS, "mine", task._replace(held_out=0.2))
-    rs.prepare("mine")
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"lr": []}, "lr"),
-        ({"lr": 0.1}, "lr"),
-        ({"lr": {0.1, 0.2}}, "lr"),
-        ({"lr": "fast"}, "lr"),
-        ({"momentum": [0.9]}, "momentum"),
-        ({"hidden_size": None}, "hidden_size"),
-        ({"lr": None}, "lr"),
-        ({"batch_size": None}, "batch_size"),
-        ({"batch_size": [2.5]}, "batch_size"),
-        ({"batch_size": [0]}, "batch_size"),
-        ({"inputs": [2]}, "inputs"),
-    ],
-)
-def test_a_bad_space_is_one_line_that_names_the_key(change, named, monkeypatch, capsys):
-    space = {name: v for name, v in (rs.HYPERPARAMS | change).items() if v is not None}
-    monkeypatch.setattr(rs, "HYPERPARAMS", space)
-    monkeypatch.setattr(rs, "stack_models", lambda *_: pytest.fail("it trained"))
-    status, out, err = call(monkeypatch, capsys, "--trials", 3)
-    assert (status, out, len(err.splitlines())) == (2, "", 1)
-    assert named in err
-
-
-@pytest.mark.parametrize("layer", [nn.LSTM(3, 3), nn.AlphaDropout(0.5)])
-def test_a_layer_that_does_not_stack_is_named_before_training(layer, monkeypatch):
-    class Net(nn.Module):
-        def __init__(self, outputs):
-            super().__init__()
-            self.layer, self.last = layer, nn.Linear(3, outputs)
-
-        def forward(self, x):
-            x = self.layer(x)
-            return self.last(x[0] if isinstance(x, tuple) else x)
-
-    monkeypatch.setattr(rs, "build_model", lambda inputs, outputs, **_: Net(outputs))
-    monkeypatch.setattr(rs, "update", lambda *_, lr: pytest.fail("it trained"))
-    with pytest.raises(rs.InputError, match=type(layer).__name__):
-        train(make_trials(3), rs.prepare("three classes"))
-
-
-def test_outputs_of_another_shape_are_refused_with_both_shapes(monkeypatch):
-    for last in (nn.Flatten(0), nn.Linear(1, 5)):
-        model = nn.Sequential(nn.Linear(3, 1), last)
-        monkeypatch.setattr(rs, "build_model", lambda inputs, outputs, model=model, **_: model)
-        with pytest.raises(rs.InputError, match=r"outputs have shape .*targets \(16, 1\)"):
-            train(make_trials(2, batch_size=16), rs.prepare("binary"))
-
-
-def test_an_error_of_the_readers_own_keeps_its_place(monkeypatch):
-    def build_model(inputs, outputs, **_):
-        inputs.a, inputs.b = 1, 2, 3
-
-    monkeypatch.setattr(rs, "build_model", build_model)
-    with pytest.raises(ValueError, match="unpack") as caught:
-        train(make_trials(2), rs.prepare("xor"))
-    assert caught.traceback[-1].name == "build_model"
-    assert not isinstance(caught.value, rs.InputError)
-
-
-def test_divergence_of_one_trial_leaves_the_others_alone():
-    data, trials = rs.prepare("two outputs"), make_trials(3, hidden_size=64, num_layers=3)
-    trials[0].hyperparams["lr"] = 1e9
-    scores = train(trials, data, 10)
-    assert scores[0] == "nan"
-    assert scores[1:] == train(trials[1:], data, 10)
-
-
-def test_a_loss_of_0_has_a_finite_score_and_none_that_is_not_finite_has(monkeypatch):
-    monkeypatch.setattr(rs, "evaluate", lambda stack, data: [0.0, 0.5, math.inf, math.nan])
-    scores = train(make_trials(4, hidden_size=32, num_layers=1), rs.prepare("xor"), 1)
-    assert scores == [(1e12).hex(), (2.0).hex(), "nan", "nan"]
-
-
-def test_torch_defaults_of_the_reader_work():
-    torch.set_default_dtype(torch.float64)
-    try:
-        same_as_plain(make_trials(2, batch_size=16), rs.prepare("three classes"), 2)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-# ---- The command line and the README ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["xor", "regression"])
-def test_the_command_line_end_to_end(name, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "best.pt"
-    options = ["--task", name, "--trials", 40, "--epochs", 300, "--save", path]
-    status, out, err = call(monkeypatch, capsys, *options)
-    assert (status, err) == (0, "")
-    lines = out.splitlines()
-    best = eval(lines[-1], {})
-    number, _, loss = lines[1].split()[:3]
-    assert best == rs.sample_hyperparams(rs.HYPERPARAMS, 0, int(number))
-    assert float(loss) < {"xor": 0.05, "regression": 0.0785}[name]
-    model = rs.load_model(path)
-    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
-    if name == "xor":
-        assert model(x).argmax(1).tolist() == [0, 1, 1, 0]
-    status, out, _ = call(monkeypatch, capsys, *options[:2], "--epochs", 300, "--trial", number)
-    assert eval(out.splitlines()[-1], {}) == best
-    assert out.splitlines()[1].split()[2] == loss
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--trials", "0"], "trials"),
-        (["--trials", "many"], "--trials"),
-        (["--epochs", "0"], "epochs"),
-        (["--seed", "-1"], "seed"),
-        (["--trial", "-1"], "trial"),
-        (["--task", "sudoku"], "--task"),
-        (["--device", "abacus"], "abacus"),
-        (["--device", "meta"], "meta"),
-        (["--log", "/no/such/folder/log"], "log"),
-        (["--log", ""], "log"),
-        (["--save", "/no/such/folder/best.pt"], "save"),
-        (["--tri", "1"], "--tri"),
-    ],
-)
-def test_bad_arguments_are_told_before_any_work(arguments, named, monkeypatch, capsys):
-    monkeypatch.setattr(rs, "stack_models", lambda *_: pytest.fail("it trained"))
-    status, out, err = call(monkeypatch, capsys, *arguments)
-    assert (status, out) == (2, "")
-    assert named in err.splitlines()[-1]
-
-
-def test_only_a_clear_gain_of_the_repeats_is_told(capsys):
-    trials = [rs.Trial(n, 0, {}, score=1 / (1 + n), seconds=1.0) for n in range(4)]
-    losses = [[0.9, 1.0, 1.1], [0.8, 0.9, 1.0], [0.1, 0.2, 0.3], [0.1]]
-    for trial, own in zip(trials, losses, strict=True):
-        trial.repeats = [1 / loss for loss in own]
-    rs.report(trials)
-    told = [line for line in capsys.readouterr().out.splitlines() if "better" in line]
-    assert told == ["trial 2 is better on average, by 0.8: the best had luck"]
-
-
-def test_all_diverged_is_status_1(monkeypatch, capsys):
-    monkeypatch.setitem(rs.HYPERPARAMS, "lr", [1e30])
-    status, out, _ = call(monkeypatch, capsys, "--task", "regression", "--trials", 3, "--epochs", 9)
-    assert (status, "3 of 3 trials diverged" in out) == (1, True)
-
-
-def test_ctrl_c_reports_what_is_finished(tmp_path):
-    path = tmp_path / "log"
-    line = [sys.executable, str(SCRIPT), "--trials", "3000", "--log", str(path)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finished = []
-    while not finished:
-        with contextlib.suppress(sqlite3.OperationalError):  # until the log has its tables
-            finished = rows_of(path) if path.exists() else []
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "trials diverged" in err
-    assert out == ""
-
-
-def test_it_runs_without_the_modules_that_windows_lacks():
-    code = "import sys\nfor m in ('fcntl', 'pty', 'resource', 'termios'): sys.modules[m] = None\n"
-    code += f"sys.path.insert(0, {str(HERE)!r})\nimport random_search as rs\nrs.search('xor', 2, 2)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-README = (HERE / "README.md").read_text(encoding="utf-8")
-README_CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the log and the model that the README speaks of."""
-    path = tmp_path_factory.mktemp("readme")
-    options = ["--trials", 4, "--epochs", 3, "--repeats", 0]
-    run = command(*options, "--log", path / "trials.db", "--save", path / "best.pt")
-    assert run.returncode == 0, run.stderr
-    return path
-
-
-def output_of(code, folder):
-    (folder / "mine.py").write_text(code, encoding="utf-8")
-    options = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(HERE)}, "check": False}
-    run = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, **options)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-@pytest.mark.parametrize("code", README_CODE)
-def test_the_code_of_the_readme_runs_as_written(code, folder):
-    output_of(code, folder)
-
-
-def test_the_statistics_of_the_readme_are_right(folder, tmp_path):
-    def train_and_evaluate(trials):
-        for trial in trials:
-            yield trial, trial.hyperparams["acts"] or math.nan
-
-    space = {"acts": [0, 1, 2, 3], "idle": [1, 2], "any": ["a", None, (1, 2)]}
-    trials = rs.random_search(train_and_evaluate, space, 64, log=str(tmp_path / "trials.db"))
-    (tmp_path / "best.pt").write_bytes((folder / "best.pt").read_bytes())
-    (code,) = [code for code in README_CODE if "variation in rank" in code]
-    out = output_of(code, tmp_path)
-    assert "acts: 100% of the variation in rank, best from 3 to 3\n" in out
-    share = re.search(r"idle: (\d+)% of the variation in rank, best from 1 to 2\n", out)
-    assert int(share[1]) < 10  # 1 / 63 is expected by chance
-    assert re.search(r"any: \d+% of the variation in rank, best from None to a\n", out)
-    scores = [trial.hyperparams["acts"] for trial in trials]
-    pairs = [max(pair) for pair in itertools.combinations(scores, 2)]
-    assert f"expected best of 1 trials: {np.mean(scores):.4g}\n" in out
-    assert f"expected best of 2 trials: {np.mean(pairs):.4g}\n" in out
-    assert "expected best of 64 trials: 3\n" in out
-
-
-def test_the_readme_names_the_options_that_exist():
-    options = set(re.findall(r"--[a-z]+", command("--help").stdout)) - {"--help"}
-    for line in re.findall(r"^    .*random_search\.py (.*)$", README, re.MULTILINE):
-        assert set(re.findall(r"--[a-z]+", line)) <= options
-    assert len(README.splitlines()) <= 200
+        str(script),
+    ]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "OSError: of the reader's own" in result.stderr
+    assert "in trial " in result.stderr
+
+
+def test_a_range_of_trials_and_the_heading_of_a_report(tmp_path, call):
+    options = ["--epochs", 3, "--repeats", 0, "--log"]
+    status, out, _ = call("--trials", 6, *options, tmp_path / "a.db")
+    assert status == 0
+    assert out.startswith("xor: 4 rows, 6 trials in 5 stacks and 0 alone, ")
+    assert "repeats" not in out
+    call("--trials", "2:4", *options, tmp_path / "b.db")
+    expected = [row for row in without_times(tmp_path / "a.db") if row[1] in (2, 3)]
+    assert without_times(tmp_path / "b.db") == expected
+
+
+def test_a_saved_model_is_the_one_that_was_scored(tmp_path):
+    task = make_task(build_model=mlp)
+    for build_model in (mlp, BufferAnew, functools.partial(Recurrent, layer=nn.GRU)):
+        own = task._replace(build_model=build_model)
+        if build_model not in (mlp, BufferAnew):
+            own = own._replace(train_x=SERIES[:45], valid_x=SERIES[45:])
+        (trial,) = rs.search(own, [3], 2)
+        rs.save_model(str(tmp_path / "model.pt"), trial, own, 2)
+        model = rs.load_model(str(tmp_path / "model.pt"), build_model)
+        assert not model.training
+        assert -task.loss(model(own.valid_x), own.valid_y).item() == trial.score
+
+
+def test_a_file_that_cannot_be_is_one_line_before_training(tmp_path, call):
+    for path in ("/", tmp_path / "none" / "model.pt"):
+        status, _, error = call("--save", path)
+        assert status == 2 and error.count("\n") == 1 and f"--save {path}" in error
+    space = {"lr": [0.1], "act": [nn.ReLU, nn.Tanh]}
+    task = make_task(build_model=lambda inputs, outputs, act: act, space=space)
+    with pytest.raises(rs.InputError, match="model.pt"):
+        rs.check_save(str(tmp_path / "model.pt"), range(5), task, 0)
+    other = tmp_path / "other.db"
+    other.write_text("no database at all, but some text of more than a few words")
+    line = f"random_search.py: error: --log {other}: file is not a database\n"
+    assert call("--log", other) == (2, "", line)
+
+
+def test_plain_terminals_and_no_standard_error():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    options = {"env": environment, "preexec_fn": lambda: os.close(2)}
+    assert "+-" in command("--trials", 3, "--epochs", 2, "--repeats", 2, **options).stdout
+
+
+def test_import_sets_one_thread_unless_told_otherwise():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import random_search"
+    code += "; print(random_search.torch.get_num_threads())"
+    environment = {name: own for name, own in os.environ.items() if name != "OMP_NUM_THREADS"}
+    line = [sys.executable, "-c", code]
+    assert subprocess.run(line, env=environment, capture_output=True).stdout == b"1\n"
