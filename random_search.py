@@ -521,6 +521,10 @@ class Elementwise(TorchDispatchMode):
         super().__init__()
         self.inexact = {}  # by operation
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it torch would import it, which takes a second
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         options = kwargs or {}
         result = operation(*args, **options)
@@ -590,7 +594,7 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     if problem := difference(one, outline(rehearsed)):
         return alone, problem
     draws = [drawn[0]] * (len(sizes) - 1) + [drawn[1]]
-    most = max(1, (2**22 if task.train_x.is_cpu else 2**28) // sum(held))  # a CPU's caches
+    most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // sum(held))  # a CPU's caches
     simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
     by_layers = [(gradients_by_layers, True)] if simple and type(model) is nn.Sequential else []
     around = pair[1:] * math.ceil(16 / sizes[-1])  # so that its rows fill vector registers
@@ -620,8 +624,10 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
 
 
 def rehearse_trials(trials: list[Trial], task: Task, kind: Kind) -> list[Tensor]:
+    distinct = {trial.number: trial for trial in trials}
+    models = {number: make_model(trial, task) for number, trial in distinct.items()}
     with torch.backends.mkldnn.flags(enabled=kind.onednn, allow_tf32=None):
-        return rehearse(Stack(trials, [make_model(own, task) for own in trials], task, kind))
+        return rehearse(Stack(trials, [models[trial.number] for trial in trials], task, kind))
 
 
 def sum_of_outputs(outputs: Tensor, y: Tensor) -> Tensor:
@@ -630,10 +636,10 @@ def sum_of_outputs(outputs: Tensor, y: Tensor) -> Tensor:
 
 def refuse_broadcast(outputs: Tensor, y: Tensor) -> None:
     shape = (len(y), *outputs.shape[1:])
-    with contextlib.suppress(RuntimeError):  # that it does not broadcast: the loss will tell
-        torch.broadcast_shapes(shape, y.shape)
-        if y.is_floating_point() and shape != y.shape:
-            raise InputError(f"the model's outputs have shape {list(shape)}, y has {list(y.shape)}")
+    sizes = zip(reversed(shape), reversed(y.shape), strict=False)
+    broadcasts = all(one == two or 1 in (one, two) for one, two in sizes)
+    if y.is_floating_point() and shape != y.shape and broadcasts:
+        raise InputError(f"the model's outputs have shape {list(shape)}, y has {list(y.shape)}")
 
 
 def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
