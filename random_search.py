@@ -545,101 +545,113 @@ class Elementwise(TorchDispatchMode):
         return result
 
 
-def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
-    """How trials like this one train: in a stack if some steps of one are there as they are alone.
-
-    Else a text says why not. Raises InputError for outputs or an update that cannot be right.
-    """
-    pair = middle_trials(trial, task)
-    model, other, rehearsed = (make_model(own, task) for own in (*pair, pair[0]))
-    one, two = outline(model), outline(other)
-    floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
-    common = {key: own for key, own in one.items() if key not in floats}
-    sizes = batch_sizes(trial, task)
-    alone = Kind(model, gradients_alone, [0] * len(sizes), floats, common)
-    if problem := difference(common, {k: own for k, own in two.items() if k not in floats}):
-        return alone, problem
-    stack = Stack(pair[:1], [rehearsed], task, alone)
-    start = [own.clone() for own in stack.trained]
-    held = [2 * own.numel() for own in model.parameters()]
-    drawn = [0]
-
-    def draw(count: int) -> Tensor:
-        drawn[-1] += count + -count % 4
-        words = stack.noises[0].random_raw((count + 3) // 4)
-        return random_numbers(words)[:count].to(task.train_x.device)
-
-    def look(module: nn.Module, inputs: tuple, outputs: object) -> None:
-        if isinstance(outputs, Tensor):
-            held.append(outputs.numel())
-            if module is rehearsed:
-                refuse_broadcast(outputs, task.train_y)
-        if module is rehearsed:
-            drawn.append(0)
-
-    seed_all(trial)
-    expected_numbers = random.random(), np.random.random(), torch.rand(1)
-    seed_all(trial)
-    try:
-        with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
-            expected = rehearse(stack)
-    except InputError:
-        raise
-    except Exception as error:  # of your code: the trial itself will show it
-        return alone, f"it could not be checked, {error!r}"
-    if (random.random(), np.random.random(), torch.rand(1)) != expected_numbers:
-        return alone, "it draws random numbers that are not dropout's"
-    if all(map(torch.equal, start, stack.trained)):
-        raise InputError("update changed no parameter: it must change them in place")
-    if problem := difference(one, outline(rehearsed)):
-        return alone, problem
-    draws = [drawn[0]] * (len(sizes) - 1) + [drawn[1]]
-    most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // sum(held))  # a CPU's caches
-    simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
-    by_layers = [(gradients_by_layers, True)] if simple and type(model) is nn.Sequential else []
-    around = pair[1:] * math.ceil(16 / sizes[-1])  # so that its rows fill vector registers
-    # oneDNN's convolutions have other last bits in a stack than alone.
-    for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
-        kind = Kind(model, gradients, draws, floats, common, onednn, most=most)
-        try:
-            among = rehearse_trials([*around, pair[0], *around], task, kind)
-            single, double = (rehearse_trials(pair[:1] * n, task, kind) for n in (1, 2))
-            with Elementwise() as elementwise:  # without the loss, which is each trial's own
-                rehearse_trials(pair[:1], task._replace(loss=sum_of_outputs), kind)
-        except Exception as error:  # of your code, which raised nothing alone
-            frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-            modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
-            problem = f"{type([model, *modules][-1]).__name__}: {error}".partition("\n")[0]
-            continue
-        inexact = [str(own) for own, is_inexact in elementwise.inexact.items() if is_inexact]
-        if not agree(among, expected, tolerance=1e-3):
-            problem = "in a stack it does not train as alone"
-        elif not task.train_x.is_cpu:  # there last bits are not promised
-            return kind, ""
-        elif inexact or not agree(double, among, tolerance=0):
-            problem = " ".join(["its last bits depend on the stack", *inexact])
-        else:
-            return kind._replace(least=1 if agree(single, among, tolerance=0) else 2), ""
-    return alone, problem
-
-
-def rehearse_trials(trials: list[Trial], task: Task, kind: Kind) -> list[Tensor]:
-    distinct = {trial.number: trial for trial in trials}
-    models = {number: make_model(trial, task) for number, trial in distinct.items()}
-    with torch.backends.mkldnn.flags(enabled=kind.onednn, allow_tf32=None):
-        return rehearse(Stack(trials, [models[trial.number] for trial in trials], task, kind))
-
-
-def sum_of_outputs(outputs: Tensor, y: Tensor) -> Tensor:
-    return outputs.sum()
-
-
 def refuse_broadcast(outputs: Tensor, y: Tensor) -> None:
     shape = (len(y), *outputs.shape[1:])
     sizes = zip(reversed(shape), reversed(y.shape), strict=False)
     broadcasts = all(one == two or 1 in (one, two) for one, two in sizes)
     if y.is_floating_point() and shape != y.shape and broadcasts:
         raise InputError(f"the model's outputs have shape {list(shape)}, y has {list(y.shape)}")
+
+
+def rehearse_alone(stack: Stack) -> tuple[list[Tensor], list[int], int, str]:
+    """Rehearse in plain PyTorch; also what dropout drew in each step, floats held, a problem."""
+    (trial,), (model,) = stack.trials, stack.models
+    before = outline(model)
+    start = [own.clone() for own in stack.trained]
+    held = [2 * own.numel() for own in stack.trained]
+    drawn = [0]
+
+    def draw(count: int) -> Tensor:
+        drawn[-1] += count + -count % 4
+        words = stack.noises[0].random_raw((count + 3) // 4)
+        return random_numbers(words)[:count].to(stack.task.train_x.device)
+
+    def look(module: nn.Module, inputs: tuple, outputs: object) -> None:
+        held.append(outputs.numel() if isinstance(outputs, Tensor) else 0)
+        if module is model:
+            drawn.append(0)
+            if isinstance(outputs, Tensor):
+                refuse_broadcast(outputs, stack.task.train_y)
+
+    def next_numbers() -> tuple:
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    seed_all(trial)
+    numbers = next_numbers()
+    seed_all(trial)
+    with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
+        seen = rehearse(stack)
+    if all(map(torch.equal, start, stack.trained)):
+        raise InputError("update changed no parameter: it must change them in place")
+    problem = difference(before, outline(model))
+    if next_numbers() != numbers:
+        problem = "it draws random numbers that are not dropout's"
+    return seen, drawn[:2], sum(held), problem
+
+
+def rehearse_stacked(pair: list[Trial], task: Task, kind: Kind, expected: list) -> tuple[str, int]:
+    """Why a stack does not train the first trial as expected; how many trials it must have."""
+
+    def rehearsed(*trials: Trial, task: Task = task) -> list[Tensor]:
+        models = {trial.number: make_model(trial, task) for trial in pair}
+        own = [models[trial.number] for trial in trials]
+        with torch.backends.mkldnn.flags(kind.onednn, allow_tf32=None):
+            return rehearse(Stack(list(trials), own, task, kind))
+
+    around = pair[1:] * math.ceil(16 / batch_sizes(pair[0], task)[-1])  # fills vector registers
+    among = rehearsed(*around, pair[0], *around)
+    if not agree(among, expected, tolerance=1e-3):
+        return "in a stack it does not train as alone", 1
+    if not task.train_x.is_cpu:  # elsewhere last bits are not promised
+        return "", 1
+    with Elementwise() as elementwise:  # without the loss, which sees one trial at a time
+        rehearsed(pair[0], task=task._replace(loss=lambda outputs, y: outputs.sum()))
+    inexact = [str(own) for own, is_inexact in elementwise.inexact.items() if is_inexact]
+    for least in (1, 2):
+        if not inexact and agree(rehearsed(*pair[:1] * least), among, tolerance=0):
+            return "", least
+    return " ".join(["its last bits depend on the stack", *inexact]), 1
+
+
+def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
+    """How trials like this one train: in a stack if some steps of one are there as they are alone.
+
+    Else a text says why not. Raises InputError for outputs or an update that cannot be right.
+    """
+    pair = middle_trials(trial, task)
+    model, other, plain = (make_model(own, task) for own in (*pair, pair[0]))
+    one, two = outline(model), outline(other)
+    floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
+    common = {key: own for key, own in one.items() if key not in floats}
+    steps = len(batch_sizes(trial, task))
+    alone = Kind(model, gradients_alone, [0] * steps, floats, common)
+    problem = difference(common, {key: own for key, own in two.items() if key not in floats})
+    if not problem:
+        try:
+            stack = Stack(pair[:1], [plain], task, alone)
+            expected, draws, held, problem = rehearse_alone(stack)
+        except InputError:
+            raise
+        except Exception as error:  # of your code: the trial itself will show it
+            problem = f"it could not be checked, {error!r}"
+    if problem:
+        return alone, problem
+    most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
+    simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
+    by_layers = [(gradients_by_layers, True)] if simple and type(model) is nn.Sequential else []
+    # oneDNN's convolutions may have other last bits in a stack than alone.
+    for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
+        draws_of_epoch = draws[:1] * (steps - 1) + draws[1:]
+        kind = Kind(model, gradients, draws_of_epoch, floats, common, onednn, most=most)
+        try:
+            problem, least = rehearse_stacked(pair, task, kind, expected)
+        except Exception as error:  # of your code, which raised nothing alone
+            frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+            modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
+            problem = f"{type([model, *modules][-1]).__name__}: {error}".partition("\n")[0]
+        if not problem:
+            return kind._replace(least=least), ""
+    return alone, problem
 
 
 def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
