@@ -27,7 +27,6 @@ import random
 import re
 import sqlite3
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -36,7 +35,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 # MKL reads this when torch loads it: the last bits of its products do not depend on the stack then.
@@ -511,38 +509,57 @@ def agree(seen: list[Tensor], others: list[Tensor], tolerance: float) -> bool:
     )
 
 
-class Elementwise(TorchDispatchMode):
-    """Collects the operations on single numbers that round by where in its tensor a number lies.
+class Rounding(TorchDispatchMode):
+    """Tries each operation on a stack of one trial with made-up numbers, alone and among others.
 
-    The last ones, where they do not fill a vector register, take another way: sigmoid's do.
+    The last bits may differ: those of a product of one column, where it is the only one, or of a
+    sigmoid, for the last numbers of a tensor, which do not fill a vector register.
     """
 
     def __init__(self):
         super().__init__()
-        self.inexact = {}  # by operation
+        self.least = {}  # by operation and shapes: how many trials it needs, 3: never the same
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # to skip it torch would import it, which takes a second
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        options = kwargs or {}
-        result = operation(*args, **options)
-        has_rest = torch.Tag.pointwise in operation.tags and result.ndim and result.numel() % 32
-        if has_rest and result.is_floating_point() and operation not in self.inexact:
-            made = dict(enumerate(args))
-            for index, own in made.items():  # 31 made-up numbers, alone and among 100 such rows
-                if isinstance(own, Tensor) and own.is_floating_point():
-                    generator = torch.Generator().manual_seed(index)
-                    made[index] = torch.randn(100, 31, dtype=own.dtype, generator=generator)
-            rows = [
-                [m if m is a else m[n].clone() for m, a in zip(made.values(), args, strict=True)]
-                for n in range(100)
-            ]
-            alone = torch.stack([operation(*row, **options) for row in rows])
-            among = operation(*made.values(), **options)
-            self.inexact[operation] = not torch.equal(alone.nan_to_num(), among.nan_to_num())
+        result = operation(*args, **kwargs or {})
+        is_float = isinstance(result, Tensor) and result.is_floating_point() and result.ndim
+        key = operation, result.shape if is_float else None
+        if is_float and key not in self.least:
+            with contextlib.suppress(RuntimeError):  # such as a view of a fixed size
+                self.least[key] = self.try_operation(operation, args, kwargs or {}, result)
         return result
+
+    def try_operation(self, operation, args: tuple, kwargs: dict, result: Tensor) -> int:
+        """1 or 2 trials that have the same result apart as among others; 3: neither."""
+        first = 0 if torch.Tag.pointwise in operation.tags else 1  # any dimension may be trials'
+        if first and len(result) > 1:  # not of a stack
+            return 1
+        count = max(4, min(32, 2**14 // max(1, result.numel())))
+        made = list(args)
+        for index, own in enumerate(args):
+            if isinstance(own, Tensor) and own.is_floating_point() and own.ndim == result.ndim:
+                generator = torch.Generator().manual_seed(index)
+                shape = count, *own.shape[first:]
+                made[index] = torch.randn(shape, dtype=own.dtype, generator=generator)
+
+        def run(size: int) -> Tensor:  # size trials at a time
+            parts = []
+            for start in range(0, count, size):
+                rows = [
+                    new if new is old else new[start : start + size].clone()
+                    for new, old in zip(made, args, strict=True)
+                ]
+                parts.append(operation(*rows, **kwargs))
+            return torch.cat(parts).nan_to_num()
+
+        among = run(count)
+        if len(among) != count:
+            return 1
+        return next((size for size in (1, 2) if torch.equal(run(size), among)), 3)
 
 
 def refuse_broadcast(outputs: Tensor, y: Tensor) -> None:
@@ -592,11 +609,12 @@ def rehearse_alone(stack: Stack) -> tuple[list[Tensor], list[int], int, str]:
 def rehearse_stacked(pair: list[Trial], task: Task, kind: Kind, expected: list) -> tuple[str, int]:
     """Why a stack does not train the first trial as expected; how many trials it must have."""
 
-    def rehearsed(*trials: Trial, task: Task = task) -> list[Tensor]:
+    def rehearsed(*trials: Trial, task: Task = task, rounding: Rounding | None = None) -> list:
         models = {trial.number: make_model(trial, task) for trial in pair}
-        own = [models[trial.number] for trial in trials]
-        with torch.backends.mkldnn.flags(kind.onednn, allow_tf32=None):
-            return rehearse(Stack(list(trials), own, task, kind))
+        stack = Stack(list(trials), [models[trial.number] for trial in trials], task, kind)
+        onednn = torch.backends.mkldnn.flags(kind.onednn, allow_tf32=None)
+        with onednn, rounding or contextlib.nullcontext():
+            return rehearse(stack)
 
     around = pair[1:] * math.ceil(16 / batch_sizes(pair[0], task)[-1])  # fills vector registers
     among = rehearsed(*around, pair[0], *around)
@@ -604,13 +622,14 @@ def rehearse_stacked(pair: list[Trial], task: Task, kind: Kind, expected: list) 
         return "in a stack it does not train as alone", 1
     if not task.train_x.is_cpu:  # elsewhere last bits are not promised
         return "", 1
-    with Elementwise() as elementwise:  # without the loss, which sees one trial at a time
-        rehearsed(pair[0], task=task._replace(loss=lambda outputs, y: outputs.sum()))
-    inexact = [str(own) for own, is_inexact in elementwise.inexact.items() if is_inexact]
-    for least in (1, 2):
-        if not inexact and agree(rehearsed(*pair[:1] * least), among, tolerance=0):
-            return "", least
-    return " ".join(["its last bits depend on the stack", *inexact]), 1
+    rounding = Rounding()
+    without_loss = task._replace(loss=lambda outputs, y: outputs.sum())  # a loss sees one trial
+    rehearsed(pair[0], task=without_loss, rounding=rounding)
+    least = max(rounding.least.values(), default=1)
+    while least < 3 and not agree(rehearsed(*pair[:1] * least), among, tolerance=0):
+        least += 1
+    names = {str(key[0]) for key, size in rounding.least.items() if size == 3}
+    return " ".join(["its last bits depend on the stack", *names]) if least == 3 else "", least
 
 
 def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
@@ -717,13 +736,15 @@ def train_and_evaluate(trials: list[Trial], task: Task, epochs: int) -> Iterator
 # ==== 5. The search and its log ==================================================================
 
 
+LIBRARIES = os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(np.__file__))
+
+
 def is_library(value: object) -> bool:
     """Whether a function, class or module is not your own."""
     try:
-        file = inspect.getfile(value)
+        return inspect.getfile(value).startswith(LIBRARIES)
     except (TypeError, OSError):  # it is built in, or typed into a notebook
         return not (inspect.isclass(value) and "__module__" in vars(value))
-    return file.startswith((sysconfig.get_path("stdlib"), str(Path(np.__file__).parents[1])))
 
 
 def all_names(code: types.CodeType) -> list[str]:
@@ -851,12 +872,10 @@ def my_parts(trials: list[Trial], kind: Callable | None) -> Iterator[list[Trial]
     for index, trial in enumerate(trials):
         groups[kind(trial) if kind else index % (8 * processes)].append(trial)
     most = math.ceil(len(trials) / (8 * processes))
-    counts = [math.ceil(len(group) / most) for group in groups.values()]
-    parts = [
-        group[n::count]
-        for group, count in zip(groups.values(), counts, strict=True)
-        for n in range(count)
-    ]
+    parts = []
+    for group in groups.values():
+        count = math.ceil(len(group) / most)
+        parts += [group[start::count] for start in range(count)]
     parts.sort(key=len, reverse=True)  # so that none is left with a large one at the end
     store = distributed.distributed_c10d._get_default_store()
     run_number = next(RUNS)
@@ -1004,17 +1023,11 @@ def search(
     for key in (set(task.space) - names - {"batch_size"}) | (needed - set(task.space)):
         problem = "is an argument of neither" if key in task.space else "is missing for one of"
         raise InputError(f"space: {key} {problem}: {functions[0]}, {functions[1]}")
-    return random_search(
-        functools.partial(train_and_evaluate, task=task, epochs=epochs),
-        task.space,
-        trials,
-        seed=seed,
-        repeats=repeats,
-        log=log,
-        name=name,
-        kind=functools.partial(kind_of, task=task),
-        report=functools.partial(report, loss=task.score is None),
-    )
+    train = functools.partial(train_and_evaluate, task=task, epochs=epochs)
+    kind = functools.partial(kind_of, task=task)
+    show = functools.partial(report, loss=task.score is None)
+    options = {"seed": seed, "repeats": repeats, "log": log, "name": name}
+    return random_search(train, task.space, trials, kind=kind, report=show, **options)
 
 
 # ==== 6. The command line ========================================================================

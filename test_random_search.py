@@ -7,10 +7,10 @@ import json
 import math
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
-import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,23 +83,6 @@ class Net(nn.Module):
 
 def net(between):
     return type("Kind", (Net,), {"between": between})
-
-
-def on_images(*layers, features):
-    make = [*layers, nn.ReLU, nn.Flatten, functools.partial(nn.Linear, features)]
-
-    def build_model(inputs, outputs, p):
-        parts = [own() for own in make[:-1]]
-        return nn.Sequential(*parts, nn.Dropout(p), make[-1](outputs))
-
-    return build_model
-
-
-def on_words(embedding):
-    return lambda i, o, p: nn.Sequential(embedding(), nn.Flatten(), nn.Dropout(p), nn.Linear(28, o))
-
-
-CONV = functools.partial(nn.Conv2d, 3, 8, 3)
 
 
 class Attention(nn.Module):
@@ -256,146 +239,94 @@ def noisy(parameter, gradient, state, lr):
 
 BINARY = (CLASSES == 0).float()[:, None]
 FLOATS = FLAT[:, :1] * FLAT[:, 1:2]
-AT_0_AND_HALF = SPACE | {"p": [0.0, 0.5]}
-# How it trains, and the task. Where that is by_vmap/2, a trial without company trains as two.
-KINDS = {
-    "mlp": ("by_layers", make_task(build_model=mlp)),
-    "one output": ("by_layers/2", make_task(y=FLOATS, outputs=1, loss=F.mse_loss, build_model=mlp)),
-    "tanh": ("by_vmap", make_task(build_model=mlp_of(nn.Tanh))),
-    "gelu": ("by_vmap", make_task(build_model=mlp_of(nn.GELU))),
-    "leaky relu": ("by_vmap", make_task(build_model=mlp_of(nn.LeakyReLU))),
-    "prelu": ("by_vmap", make_task(build_model=mlp_of(nn.PReLU))),
-    "sigmoid": ("alone", make_task(build_model=mlp_of(nn.Sigmoid))),
-    "softplus": ("alone", make_task(build_model=mlp_of(nn.Softplus))),
-    "functional dropout": (
-        "by_vmap",
-        make_task(build_model=net(lambda self, x: F.dropout(x, self.p, self.training))),
-    ),
-    "dropout in place": (
-        "by_vmap",
-        make_task(build_model=net(lambda self, x: F.dropout(x + 1, self.p, self.training, True))),
-    ),
-    "scaled by a float": ("by_vmap", make_task(build_model=net(lambda self, x: x * self.p))),
-    "batch norm 1d": (
-        None,
-        make_task(SERIES, build_model=lambda i, o, p: nn.Sequential(
-            nn.Conv1d(5, 8, 3), nn.BatchNorm1d(8), nn.Flatten(), nn.Dropout(p), nn.Linear(48, o))),
-    ),
-    "convolution": (
-        "by_vmap", make_task(IMAGES, build_model=on_images(CONV, features=288))),
-    "max pool": (
-        "by_vmap",
-        make_task(IMAGES, build_model=on_images(CONV, lambda: nn.MaxPool2d(2), features=72)),
-    ),
-    "batch norm 2d": (
-        None,
-        make_task(IMAGES, build_model=on_images(CONV, lambda: nn.BatchNorm2d(8), features=288)),
-    ),
-    "group norm": (
-        None,
-        make_task(IMAGES, build_model=on_images(CONV, lambda: nn.GroupNorm(2, 8), features=288)),
-    ),
-    "instance norm": (
-        None,
-        make_task(IMAGES, build_model=on_images(
-            CONV, lambda: nn.InstanceNorm2d(8, affine=True), features=288)),
-    ),
-    "dropout 2d": (
-        "alone", make_task(IMAGES, build_model=on_images(CONV, nn.Dropout2d, features=288))),
-    "layer norm": (
-        None,
-        make_task(build_model=lambda i, o, p: nn.Sequential(
-            nn.Linear(i, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(p), nn.Linear(16, o))),
-    ),
-    "weight norm, old": ("alone", make_task(build_model=changed(lambda m: weight_norm(m[0])))),
-    "weight norm": (
-        "alone", make_task(build_model=changed(lambda m: parametrizations.weight_norm(m[0])))),
-    "spectral norm": (
-        "alone", make_task(build_model=changed(lambda m: parametrizations.spectral_norm(m[0])))),
-    "bilinear": ("by_vmap", make_task(build_model=Bilinear)),
-    "embedding": ("by_vmap", make_task(WORDS, build_model=on_words(lambda: nn.Embedding(10, 4)))),
-    "padding_idx": (
-        "alone",
-        make_task(WORDS, build_model=on_words(lambda: nn.Embedding(10, 4, padding_idx=0))),
-    ),
-    "max_norm": (
-        None, make_task(WORDS, build_model=on_words(lambda: nn.Embedding(10, 4, max_norm=1.0)))),
-    "embedding bag": (
-        "by_vmap",
-        make_task(WORDS, build_model=lambda i, o, p: nn.Sequential(
-            nn.EmbeddingBag(10, 4), nn.Linear(4, o))),
-    ),
-    "attention": ("alone", make_task(SERIES, build_model=Attention)),
-    "attention, fused": (
-        None, make_task(SERIES, build_model=functools.partial(Attention, need_weights=False))),
-    "transformer": (None, make_task(SERIES, build_model=Encoder)),
-    "gru": (
-        "alone", make_task(SERIES, build_model=functools.partial(Recurrent, layer=nn.GRU))),
-    "lstm with dropout": (
-        "alone",
-        make_task(SERIES, build_model=functools.partial(
-            Recurrent, layer=functools.partial(nn.LSTM, num_layers=2, dropout=0.3))),
-    ),
-    "gru cell": ("alone", make_task(SERIES, build_model=Cell)),
-    "frozen": (
-        "by_vmap", make_task(build_model=changed(lambda m: m[0].requires_grad_(False)))),
-    "gradient hook": (
-        "alone",
-        make_task(build_model=changed(lambda m: m[0].weight.register_hook(lambda g: g / 2))),
-    ),
-    "forward hook": (
-        "alone",
-        make_task(build_model=changed(
-            lambda m: m[0].register_forward_hook(lambda module, inputs, outputs: 2 * outputs))),
-    ),
-    "counter": ("alone", make_task(build_model=Counter)),
-    "checkpoint": (
-        "alone",
-        make_task(build_model=net(lambda self, x: checkpoint(torch.tanh, x, use_reentrant=False))),
-    ),
-    "tied": ("by_vmap", make_task(build_model=tied)),
-    "plain tensor": ("alone", make_task(build_model=PlainTensor)),
-    "plain list": ("alone", make_task(build_model=PlainList)),
-    "buffer anew": ("by_vmap", make_task(build_model=BufferAnew)),
-    "layer or not": ("alone", make_task(space=AT_0_AND_HALF, build_model=layer_or_not(0))),
-    "layer by threshold": ("both", make_task(build_model=layer_or_not(0.2))),
-    "class made within": ("alone", make_task(build_model=made_within)),
-    "rand_like": (
-        "alone", make_task(build_model=net(lambda self, x: x + 0.1 * torch.rand_like(x)))),
-    "random.random": (
-        "alone", make_task(build_model=net(lambda self, x: x * (1 + random.random())))),
-    "numpy.random": (
-        "alone", make_task(build_model=net(lambda self, x: x * (1 + np.random.random())))),
-    "branch": ("alone", make_task(build_model=net(lambda self, x: x if x.sum() > 9 else 2 * x))),
-    "rate 1": ("by_layers", make_task(space=SPACE | {"p": [0.2, 1.0]}, build_model=mlp)),
-    "many dropouts": ("by_layers", make_task(build_model=many_dropouts)),
-    "float64": ("by_vmap", make_task(FLAT.double(), build_model=lambda i, o, p: mlp_of(nn.Tanh)(
-        i, o, p).double())),
-    "a loss of one's own": (
-        "by_layers/2",
-        make_task(y=FLOATS, outputs=1, loss=nn.HuberLoss(delta=0.3), build_model=mlp),
-    ),
-    "binary": (
-        "by_layers/2",
-        make_task(
-            y=BINARY, outputs=1, loss=F.binary_cross_entropy_with_logits, build_model=mlp),
-    ),
-    "poisson": (
-        "by_layers/2",
-        make_task(y=BINARY * 3, outputs=1, loss=F.poisson_nll_loss, build_model=mlp),
-    ),
-    "classes to ignore": (
-        "by_layers",
-        make_task(y=torch.where(FLAT[:, 0] > 1, -100, CLASSES), build_model=mlp),
-    ),
-    "class weights": (
-        "by_layers",
-        make_task(loss=nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3])), build_model=mlp),
-    ),
-    "adam": ("by_layers", make_task(build_model=mlp, update=adam)),
-    "clipped": ("alone", make_task(build_model=mlp, update=clipped)),
-    "noisy": ("alone", make_task(build_model=mlp, update=noisy)),
-}  # fmt: skip
+SOME = torch.where(FLAT[:, 0] > 1, -100, CLASSES)
+ONE = {"outputs": 1, "loss": F.mse_loss, "y": FLOATS}
+LSTM = functools.partial(nn.LSTM, num_layers=2, dropout=0.3)
+KINDS = {}
+
+
+def kind(name, way, build_model=mlp, x=FLAT, **options):
+    """way: gradients_way; /2 where a trial without company trains as two; None: any."""
+    KINDS[name] = way, make_task(x, build_model=build_model, **options)
+
+
+def layers(*parts):
+    """A Sequential of what parts make, each of (inputs, outputs, rate)."""
+    return lambda inputs, outputs, p: nn.Sequential(*(part(inputs, outputs, p) for part in parts))
+
+
+def alike(layer, *arguments, **options):
+    return lambda i, o, p: layer(*arguments, **options)
+
+
+LAST = lambda size: lambda i, o, p: nn.Linear(size, o)  # noqa: E731
+FLAT_LAST = lambda size: (alike(nn.Flatten), lambda i, o, p: nn.Dropout(p), LAST(size))  # noqa: E731
+CONV = alike(nn.Conv2d, 3, 8, 3), alike(nn.ReLU)
+FIRST = lambda i, o, p: nn.Linear(i, 16)  # noqa: E731
+kind("mlp", "by_layers")
+kind("one output", "by_layers/2", **ONE)
+kind("tanh", "by_vmap", mlp_of(nn.Tanh))
+kind("gelu", "by_vmap", mlp_of(nn.GELU))
+kind("leaky relu", "by_vmap", mlp_of(nn.LeakyReLU))
+kind("prelu", "by_vmap", mlp_of(nn.PReLU))
+kind("sigmoid", "alone", mlp_of(nn.Sigmoid))
+kind("softplus", "alone", mlp_of(nn.Softplus))
+kind("F.dropout", "by_vmap", net(lambda self, x: F.dropout(x, self.p, self.training)))
+kind("in place", "by_vmap", net(lambda self, x: F.dropout(x + 1, self.p, self.training, True)))
+kind("scaled by a float", "by_vmap", net(lambda self, x: x * self.p))
+kind("convolution", "by_vmap", layers(*CONV, *FLAT_LAST(288)), IMAGES)
+kind("max pool", "by_vmap", layers(*CONV, alike(nn.MaxPool2d, 2), *FLAT_LAST(72)), IMAGES)
+kind("batch norm 2d", None, layers(*CONV, alike(nn.BatchNorm2d, 8), *FLAT_LAST(288)), IMAGES)
+kind("group norm", None, layers(*CONV, alike(nn.GroupNorm, 2, 8), *FLAT_LAST(288)), IMAGES)
+kind("instance norm", None, layers(*CONV, alike(nn.InstanceNorm2d, 8), *FLAT_LAST(288)), IMAGES)
+kind("dropout 2d", "alone", layers(*CONV, alike(nn.Dropout2d, 0.2), *FLAT_LAST(288)), IMAGES)
+CONV1D = alike(nn.Conv1d, 5, 8, 3), alike(nn.BatchNorm1d, 8)
+kind("batch norm 1d", None, layers(*CONV1D, *FLAT_LAST(48)), SERIES)
+kind("layer norm", None, layers(FIRST, alike(nn.LayerNorm, 16), alike(nn.GELU), LAST(16)))
+kind("weight norm, old", "alone", changed(lambda model: weight_norm(model[0])))
+kind("weight norm", "alone", changed(lambda model: parametrizations.weight_norm(model[0])))
+kind("spectral norm", "alone", changed(lambda model: parametrizations.spectral_norm(model[0])))
+kind("bilinear", "by_vmap", Bilinear)
+EMBEDDING = alike(nn.Embedding, 10, 4)
+kind("embedding", "by_vmap", layers(EMBEDDING, *FLAT_LAST(28)), WORDS)
+PADDED = alike(nn.Embedding, 10, 4, padding_idx=0)
+kind("padding_idx", "alone", layers(PADDED, *FLAT_LAST(28)), WORDS)
+kind("max_norm", None, layers(alike(nn.Embedding, 10, 4, max_norm=1.0), *FLAT_LAST(28)), WORDS)
+kind("embedding bag", "by_vmap", layers(alike(nn.EmbeddingBag, 10, 4), LAST(4)), WORDS)
+kind("attention", "alone", Attention, SERIES)
+kind("attention, fused", None, functools.partial(Attention, need_weights=False), SERIES)
+kind("transformer", None, Encoder, SERIES)
+kind("gru", "alone", functools.partial(Recurrent, layer=nn.GRU), SERIES)
+kind("lstm with dropout", "alone", functools.partial(Recurrent, layer=LSTM), SERIES)
+kind("gru cell", "alone", Cell, SERIES)
+kind("frozen", "by_vmap", changed(lambda model: model[0].requires_grad_(False)))
+kind("gradient hook", "alone", changed(lambda m: m[0].weight.register_hook(lambda own: own / 2)))
+kind("forward hook", "alone", changed(lambda m: m[0].register_forward_hook(lambda *own: -own[2])))
+kind("counter", "alone", Counter)
+kind("checkpoint", "alone", net(lambda _, x: checkpoint(torch.tanh, x, use_reentrant=False)))
+kind("tied", "by_vmap", tied)
+kind("plain tensor", "alone", PlainTensor)
+kind("plain list", "alone", PlainList)
+kind("buffer anew", "by_vmap", BufferAnew)
+kind("layer or not", "alone", layer_or_not(0), space=SPACE | {"p": [0.0, 0.5]})
+kind("layer by threshold", "both", layer_or_not(0.2))
+kind("class made within", "alone", made_within)
+kind("rand_like", "alone", net(lambda self, x: x + 0.1 * torch.rand_like(x)))
+kind("random.random", "alone", net(lambda self, x: x * (1 + random.random())))
+kind("numpy.random", "alone", net(lambda self, x: x * (1 + np.random.random())))
+kind("branch", "alone", net(lambda self, x: x if x.sum() > 9 else 2 * x))
+kind("rate 1", "by_layers", space=SPACE | {"p": [0.2, 1.0]})
+kind("many dropouts", "by_layers", many_dropouts)
+kind("float64", "by_vmap", lambda inputs, outputs, p: mlp(6, 3, p, nn.Tanh).double(), FLAT.double())
+kind("a loss of one's own", "by_layers/2", **ONE | {"loss": nn.HuberLoss(delta=0.3)})
+BCE = F.binary_cross_entropy_with_logits
+kind("binary", "by_layers/2", **ONE | {"loss": BCE, "y": BINARY})
+kind("poisson", "by_layers/2", **ONE | {"loss": F.poisson_nll_loss, "y": BINARY * 3})
+kind("classes to ignore", "by_layers", y=SOME)
+kind("class weights", "by_layers", loss=nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3])))
+kind("adam", "by_layers", update=adam)
+kind("clipped", "alone", update=clipped)
+kind("noisy", "alone", update=noisy)
 
 
 def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
@@ -465,6 +396,15 @@ def test_a_lone_trial_has_the_bits_it_has_among_others(width, outputs):
     trials = sample_trials(task, range(20))
     together = scores(task, trials)
     assert together == {n: own for trial in trials for n, own in scores(task, [trial]).items()}
+
+
+def test_a_product_of_one_column_rounds_otherwise_where_it_is_the_only_one():
+    """Seen in 100 kills: half of the trials had the same bits alone, so two steps did not show it."""
+    task = rs.regression()
+    trials = sample_trials(task, [16, 22, 33, 36, 68, 81])
+    assert len({rs.kind_of(trial, task) for trial in trials}) == 1
+    together = scores(task, trials, 20)
+    assert together == {n: own for trial in trials for n, own in scores(task, [trial], 20).items()}
 
 
 def test_a_stack_is_bounded_and_its_parts_give_the_same_bits(monkeypatch):
@@ -1054,3 +994,55 @@ def test_import_sets_one_thread_unless_told_otherwise():
     environment = {name: own for name, own in os.environ.items() if name != "OMP_NUM_THREADS"}
     line = [sys.executable, "-c", code]
     assert subprocess.run(line, env=environment, capture_output=True).stdout == b"1\n"
+
+
+# ---- The README ---------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_readmes_code_runs(number, tmp_path, monkeypatch, capsys):
+    for module in re.findall(r"(pandas|matplotlib|sklearn)", BLOCKS[number]):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    exec(BLOCKS[number], {"__name__": "readme"})
+
+
+def test_the_readmes_adamw_is_torchs():
+    names = {}
+    exec(next(block for block in BLOCKS if "def adamw" in block).partition("space =")[0], names)
+    task = make_task(build_model=mlp, update=names["adamw"])
+    parameter = torch.randn(2, 3, 4, generator=GENERATOR)
+    own = nn.Parameter(parameter[1].clone())
+    optimizer = torch.optim.AdamW([own], lr=0.01, weight_decay=0.5)
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: min((n + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * (n + 1) / 300))
+    )
+    state = {}
+    for _ in range(40):
+        gradient = 2 * torch.randn(2, 3, 4, generator=GENERATOR)
+        own.grad = gradient[1].clamp(-1, 1)
+        optimizer.step()
+        cosine.step()
+        task.update(parameter, gradient, state, lr=torch.full((2, 1, 1), 0.01), weight_decay=0.5)
+    assert torch.allclose(parameter[1], own, atol=1e-6)
+
+
+def test_the_readmes_output_and_its_size(call):
+    line, table = re.search(r"python (random_search.py.*?)\n\n```\n(.*?)```", README, re.S).groups()
+    _, out, _ = call(*line.split()[1:])
+    new, old = (
+        [re.sub(r"[\d.]+ s$", "", row).split() for row in text.splitlines()]
+        for text in (out, table)
+    )
+    for row, expected in zip(new, old, strict=True):
+        for cell, one in zip(row, expected, strict=True):
+            try:
+                assert float(cell) == pytest.approx(float(one), rel=0.02)  # of another processor
+            except ValueError:
+                assert cell == one
+    assert len(README.splitlines()) <= 150
+    assert max(map(len, README.splitlines())) <= 100
