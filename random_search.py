@@ -146,9 +146,9 @@ def random_words(trial: Trial) -> np.ndarray:
     return words.generate_state(6)
 
 
-def seed_all(trial: Trial) -> None:
-    """Seed all that your own code may draw from."""
-    seed = int(random_words(trial)[0])
+def seed_all(trial: Trial, word: int) -> None:
+    """Seed all that your own code may draw from: by word 0 for a model, by 1 to train it."""
+    seed = int(random_words(trial)[word])
     random.seed(seed)
     np.random.seed(seed)
     # torch.manual_seed takes 95 us, to look for devices.
@@ -177,7 +177,7 @@ def take_from(noise: Tensor) -> Callable[[int], Tensor]:
 def dropout_bounds(rate: float | Tensor) -> tuple[Tensor, Tensor]:
     """The random number from which a value is kept, and its factor then."""
     rate = torch.as_tensor(rate)
-    return rate * 2**32, 1 / (1 - rate + 1e-30)  # a rate of 1 keeps nothing
+    return rate * 2**32, 1 / (1 - rate)
 
 
 def dropout_mask(noise: Tensor, least: Tensor, factor: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def told(trials: list[Trial]) -> Iterator[None]:
 
 def make_model(trial: Trial, task: Task) -> nn.Module:
     """The untrained model of a trial, in ordinary PyTorch."""
-    seed_all(trial)
+    seed_all(trial, word=0)
     names = argument_names(task.build_model, 2)
     own = {name: value for name, value in trial.hyperparams.items() if name in names}
     with told([trial]):
@@ -593,9 +593,9 @@ def rehearse_alone(stack: Stack) -> tuple[list[Tensor], list[int], int, str]:
     def next_numbers() -> tuple:
         return random.random(), np.random.random(), torch.rand(1).item()
 
-    seed_all(trial)
+    seed_all(trial, word=1)
     numbers = next_numbers()
-    seed_all(trial)
+    seed_all(trial, word=1)
     with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
         seen = rehearse(stack)
     if all(map(torch.equal, start, stack.trained)):
@@ -637,22 +637,23 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
 
     Else a text says why not. Raises InputError for outputs or an update that cannot be right.
     """
-    pair = middle_trials(trial, task)
-    model, other, plain = (make_model(own, task) for own in (*pair, pair[0]))
-    one, two = outline(model), outline(other)
-    floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
-    common = {key: own for key, own in one.items() if key not in floats}
+    model = make_model(trial, task)
     steps = len(batch_sizes(trial, task))
-    alone = Kind(model, gradients_alone, [0] * steps, floats, common)
-    problem = difference(common, {key: own for key, own in two.items() if key not in floats})
-    if not problem:
-        try:
-            stack = Stack(pair[:1], [plain], task, alone)
-            expected, draws, held, problem = rehearse_alone(stack)
-        except InputError:
-            raise
-        except Exception as error:  # of your code: the trial itself will show it
-            problem = f"it could not be checked, {error!r}"
+    alone = Kind(model, gradients_alone, [0] * steps)
+    pair = middle_trials(trial, task)
+    try:
+        models = [make_model(own, task) for own in pair]
+        one, two = map(outline, models)
+        floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
+        common = {key: own for key, own in one.items() if key not in floats}
+        stack = Stack(pair[:1], [make_model(pair[0], task)], task, alone)
+        expected, draws, held, problem = rehearse_alone(stack)
+        others = {key: own for key, own in two.items() if key not in floats}
+        problem = difference(common, others) or problem
+    except InputError:
+        raise
+    except Exception as error:  # of your code: the trial itself will show it
+        problem = f"it could not be checked, {error!r}"
     if problem:
         return alone, problem
     most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
@@ -661,7 +662,7 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     # oneDNN's convolutions may have other last bits in a stack than alone.
     for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
         draws_of_epoch = draws[:1] * (steps - 1) + draws[1:]
-        kind = Kind(model, gradients, draws_of_epoch, floats, common, onednn, most=most)
+        kind = Kind(models[0], gradients, draws_of_epoch, floats, common, onednn, most=most)
         try:
             problem, least = rehearse_stacked(pair, task, kind, expected)
         except Exception as error:  # of your code, which raised nothing alone
@@ -679,8 +680,7 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
     for trial in trials:
         groups[kind_of(trial, task)].append(trial)
     for group in groups.values():
-        with told(group[:1]):
-            kind, problem = examine(group[0], task)
+        kind, problem = examine(group[0], task)
         count = math.ceil(len(group) / kind.most)
         for start in range(count):
             stacked = []
@@ -701,7 +701,7 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
 def kind_of(trial: Trial, task: Task) -> str:
     """Equal for trials that differ in floats alone."""
     own = {name: value for name, value in trial.hyperparams.items() if not isinstance(value, float)}
-    return repr(own | {"batch_size": batch_sizes(trial, task)[0]})
+    return repr(describe(own | {"batch_size": batch_sizes(trial, task)[0]}, {}))
 
 
 def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial, nn.Module]]:
@@ -711,7 +711,7 @@ def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial,
     for stack in make_stacks(trials, task):
         begun = time.monotonic()
         alone = stack.kind.gradients is gradients_alone
-        seed_all(stack.trials[0])  # for what it may draw alone
+        seed_all(stack.trials[0], word=1)  # for what it may draw alone
         with told(stack.trials), torch.backends.mkldnn.flags(stack.kind.onednn, allow_tf32=None):
             for x, y, noise in stack.batches(epochs):  # for x, y in loader:
                 gradients = stack.kind.gradients(stack, x, y, noise)  # loss(model(x), y).backward()
@@ -726,7 +726,7 @@ def train_and_evaluate(trials: list[Trial], task: Task, epochs: int) -> Iterator
     """Train trials stack by stack; yield each with its score."""
     for trial, model in train(trials, task, epochs):
         model.eval()
-        seed_all(trial)
+        seed_all(trial, word=1)
         with told([trial]), torch.no_grad():
             outputs = model(task.valid_x)
             score = task.score or (lambda outputs, y: -task.loss(outputs, y))
@@ -909,7 +909,7 @@ def one_at_a_time(trials: list[Trial], function: Callable) -> Iterator[tuple[Tri
     """Score trials by a function of their hyperparams."""
     for trial in trials:
         begun = time.monotonic()
-        seed_all(trial)
+        seed_all(trial, word=1)
         with told([trial]):
             score = function(dict(trial.hyperparams))
         trial.seconds = time.monotonic() - begun

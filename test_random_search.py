@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).parent
@@ -286,6 +286,7 @@ kind("layer norm", None, layers(FIRST, alike(nn.LayerNorm, 16), alike(nn.GELU), 
 kind("weight norm, old", "alone", changed(lambda model: weight_norm(model[0])))
 kind("weight norm", "alone", changed(lambda model: parametrizations.weight_norm(model[0])))
 kind("spectral norm", "alone", changed(lambda model: parametrizations.spectral_norm(model[0])))
+kind("pruned", "alone", changed(lambda m: prune.l1_unstructured(m[0], "weight", amount=0.5)))
 kind("bilinear", "by_vmap", Bilinear)
 EMBEDDING = alike(nn.Embedding, 10, 4)
 kind("embedding", "by_vmap", layers(EMBEDDING, *FLAT_LAST(28)), WORDS)
@@ -337,7 +338,7 @@ def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
     masks = np.random.SFC64(words[4:6])
     optimizer = torch.optim.Adam if task.update is adam else torch.optim.SGD
     optimizer = optimizer(model.parameters(), lr=trial.hyperparams["lr"])
-    rs.seed_all(trial)
+    rs.seed_all(trial, word=1)
     draw = rs.dropout_by(lambda count: rs.random_numbers(masks.random_raw(-(-count // 4)))[:count])
     with contextlib.nullcontext() if own_dropout else draw:
         for _ in range(2):
@@ -352,7 +353,7 @@ def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
                         own.grad += 0.01 * torch.randn_like(own.grad[None])[0]
                 optimizer.step()
     model.eval()
-    rs.seed_all(trial)
+    rs.seed_all(trial, word=1)
     with torch.no_grad():
         return -task.loss(model(task.valid_x), task.valid_y).item()
 
@@ -360,7 +361,7 @@ def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_trial_is_as_in_plain_pytorch_and_the_same_in_any_company(name, monkeypatch):
     expected, task = KINDS[name]
-    trials = sample_trials(task, range(6))
+    trials = sample_trials(task, range(4))
     stacks = []
     make = rs.Stack.__init__
 
@@ -371,7 +372,7 @@ def test_a_trial_is_as_in_plain_pytorch_and_the_same_in_any_company(name, monkey
     monkeypatch.setattr(rs.Stack, "__init__", spy)
     together = scores(task, trials)
     ways = {}
-    for members, kind in stacks[-6:]:
+    for members, kind in stacks[-4:]:
         way = kind.gradients.__name__.removeprefix("gradients_") + "/2" * (kind.least - 1)
         ways |= {trial.number: way for trial in members}
     if expected and expected != "both":
@@ -380,10 +381,8 @@ def test_a_trial_is_as_in_plain_pytorch_and_the_same_in_any_company(name, monkey
         own_dropout = ways[trial.number] == "alone"
         plain = plain_score(task, trial, own_dropout)
         assert float.fromhex(together[trial.number]) == pytest.approx(plain, abs=1e-4, rel=1e-4)
-    apart = scores(task, trials[3:][::-1]) | scores(task, trials[:3])
+    apart = scores(task, trials[1:][::-1]) | scores(task, trials[:1])
     assert apart == together
-    for trial in trials[:2]:
-        assert scores(task, [trial]) == {trial.number: together[trial.number]}
 
 
 @pytest.mark.parametrize("width", [1, 3, 10, 32, 100])
@@ -405,6 +404,13 @@ def test_a_product_of_one_column_rounds_otherwise_where_it_is_the_only_one():
     assert len({rs.kind_of(trial, task) for trial in trials}) == 1
     together = scores(task, trials, 20)
     assert together == {n: own for trial in trials for n, own in scores(task, [trial], 20).items()}
+
+
+def test_convolutions_of_small_batches_have_the_same_bits():
+    space = SPACE | {"batch_size": [8]}
+    task = make_task(IMAGES, build_model=KINDS["convolution"][1].build_model, space=space)
+    trials = sample_trials(task, range(12))
+    assert scores(task, trials) == {n: s for own in trials for n, s in scores(task, [own]).items()}
 
 
 def test_a_stack_is_bounded_and_its_parts_give_the_same_bits(monkeypatch):
