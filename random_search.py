@@ -14,15 +14,16 @@ Left out on purpose: other samplers, pruning, data that does not fit in memory.
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
-import pickle
 import random
 import re
 import sqlite3
@@ -133,7 +134,14 @@ def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
     sample = {}
     for name, values in space.items():
-        value = values(generator) if callable(values) else values[generator.integers(len(values))]
+        if callable(values):
+            value = values(generator)
+        elif isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
+            raise InputError(f"space: {name} must be a list of values or a function")
+        else:
+            value = values[generator.integers(len(values))]
+            if type(value) is int and any(isinstance(own, float) for own in values):
+                value = float(value)  # of [1, 0.1]
         value = value.item() if isinstance(value, np.generic) else value
         # 0.3, not linspace's 0.30000000000000004
         sample[name] = float(f"{value:.15g}") if isinstance(value, float) else value
@@ -213,8 +221,10 @@ def parameters_of(function: Callable) -> list[inspect.Parameter]:
 
 def arguments_of(function: Callable, first: int, hyperparams: dict) -> dict:
     """The hyperparameters among the arguments of function, which begin at first."""
-    names = [own.name for own in parameters_of(function)[first:]]
-    return {name: value for name, value in hyperparams.items() if name in names}
+    parameters = parameters_of(function)[first:]
+    takes_all = any(own.kind is own.VAR_KEYWORD for own in parameters)
+    names = [own.name for own in parameters]
+    return {name: own for name, own in hyperparams.items() if takes_all or name in names}
 
 
 @contextlib.contextmanager
@@ -231,10 +241,10 @@ def told(trials: list[Trial]) -> Iterator[None]:
 def make_model(trial: Trial, task: Task) -> nn.Module:
     """The untrained model of a trial, in ordinary PyTorch."""
     seed_all(trial, word=0)
-    own = arguments_of(task.build_model, 2, trial.hyperparams)
+    own = copy.deepcopy(arguments_of(task.build_model, 2, trial.hyperparams))  # it may change them
     with told([trial]):
         model = task.build_model(task.train_x.shape[1], task.outputs, **own)
-    return model.to(task.train_x.device)
+        return model.to(task.train_x.device)
 
 
 def update_arguments(trials: list[Trial], task: Task, parameter: Tensor) -> dict:
@@ -296,7 +306,7 @@ class Stack:
         for name, attribute in kind.floats:
             values = [getattr(model.get_submodule(name), attribute) for model in models]
             self.floats[name, attribute] = torch.tensor(values, device=task.train_x.device)
-        self.layers = [(name, type(layer)) for name, layer in kind.model.named_children()]
+        self.layers = [(name, type(layer)) for name, layer in kind.model._modules.items()]
         self.dropouts = {}  # for gradients_by_layers
         for name, layer in self.layers if kind.gradients is gradients_by_layers else ():
             if layer is nn.Dropout:
@@ -431,22 +441,27 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+PLAIN = bool | int | float | str | None
+
+
 def outline(model: nn.Module) -> dict:
     """What the modules of a model hold, but weights: where that differs, models do not stack.
 
     Numbers and text are themselves, any other object is its id: no two models share a hook.
     """
     held = {}
+    first = {}  # where a tensor stands first: it may be tied
     for name, module in model.named_modules(remove_duplicate=False):
         held[name, "class"] = type(module)
         for key, own in itertools.chain(module._parameters.items(), module._buffers.items()):
             if own is not None:
                 hooks = own._backward_hooks, own._post_accumulate_grad_hooks
-                held[name, key] = own.shape, own.dtype, own.requires_grad, hooks
+                place = first.setdefault(id(own), (name, key))
+                held[name, key] = own.shape, own.dtype, own.requires_grad, hooks, place
         for attribute, value in vars(module).items():
-            if isinstance(value, bool | int | float | str | None):
+            if isinstance(value, PLAIN):
                 held[name, attribute] = value
-            elif isinstance(value, tuple | set):
+            elif isinstance(value, tuple | set) and all(isinstance(own, PLAIN) for own in value):
                 held[name, attribute] = repr(value)
             elif attribute not in ("_parameters", "_buffers", "_modules"):
                 is_empty = isinstance(value, dict | list) and not value
@@ -496,6 +511,14 @@ def rehearse(stack: Stack) -> list[Tensor]:
         stack.step(gradients)
     for scale in (1e-4, 1e4):  # where an update may clip
         stack.step([own if own is None else own * scale for own in gradients])
+    number = stack.trials[place].number  # copies of the trial itself are no others
+    own = torch.tensor([trial.number == number for trial in stack.trials], device=x.device)
+    own = own.expand(len(stack.orders)) if len(own) == 1 else own
+    for other in [math.nan] * 5 + [1e30] * 5:  # gradients of the others must not matter
+        mixed = [
+            g if g is None else g.where(own.view(-1, *[1] * (g.ndim - 1)), other) for g in gradients
+        ]
+        stack.step(mixed)
     model = stack.models[place]
     seen += [*model.parameters(), *model.buffers()]
     return [own.detach().double().nan_to_num() for own in seen]
@@ -590,7 +613,9 @@ def rehearse_alone(stack: Stack) -> tuple[list[Tensor], list[int], int, str]:
         held.append(outputs.numel() if isinstance(outputs, Tensor) else 0)
         if module is model:
             drawn.append(0)
-            if isinstance(outputs, Tensor):
+            loss = getattr(stack.task.loss, "func", stack.task.loss)
+            loss = loss if inspect.isroutine(loss) else type(loss)
+            if isinstance(outputs, Tensor) and is_library(loss):  # yours may mean it
                 refuse_broadcast(outputs, stack.task.train_y)
 
     def next_numbers() -> tuple:
@@ -665,7 +690,8 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     # oneDNN's convolutions may have other last bits in a stack than alone.
     for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
         draws_of_epoch = draws[:1] * (steps - 1) + draws[1:]
-        kind = Kind(models[0], gradients, draws_of_epoch, floats, common, onednn, most=most)
+        # The structure of the other: what outline cannot see is wrong then, and found.
+        kind = Kind(models[1], gradients, draws_of_epoch, floats, common, onednn, most=most)
         try:
             problem, least = rehearse_stacked(pair, task, kind, expected)
         except Exception as error:  # of your code, which raised nothing alone
@@ -698,13 +724,17 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
                 else:
                     stacked.append((trial, model))
             if stacked:
-                yield Stack(*map(list, zip(*stacked, strict=True)), task, kind)
+                members, models = map(list, zip(*stacked, strict=True))
+                with told(members):
+                    stack = Stack(members, models, task, kind)
+                yield stack
 
 
 def kind_of(trial: Trial, task: Task) -> str:
     """Equal for trials that differ in floats alone."""
     own = {name: value for name, value in trial.hyperparams.items() if not isinstance(value, float)}
-    return repr(describe(own | {"batch_size": batch_sizes(trial, task)[0]}, {}))
+    taken = arguments_of(task.build_model, 2, own) | arguments_of(task.update, 3, own)
+    return repr(describe([own | {"batch_size": batch_sizes(trial, task)[0]}, taken], {}))
 
 
 def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial, nn.Module]]:
@@ -761,14 +791,17 @@ def describe(value: object, seen: dict) -> object:
     """Plain data that is equal for what acts the same, in every process: of your own code the
     instructions and all that they refer to, of a library's the name, of nothing the address."""
     parts = functools.partial(describe, seen=seen)
-    if isinstance(value, Tensor | np.ndarray):
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        content = pickle.dumps(array) if array.dtype == object else array.tobytes()
+    own_type = [] if is_library(type(value)) else [type(value)]
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+    if isinstance(value, np.ndarray):
+        content = parts(value.tolist()) if value.dtype == object else value.tobytes()
+        return [str(value.dtype), value.shape, hashlib.sha256(repr(content).encode()).hexdigest()]
     if isinstance(value, dict):
-        return [[parts(name), parts(own)] for name, own in value.items()]
+        return [[parts(name), parts(own)] for name, own in value.items()] + parts(own_type)
     if isinstance(value, list | tuple):
-        return [parts(own) for own in value]
+        return [parts(own) for own in (*value, *own_type)]
     if isinstance(value, set | frozenset):
         return sorted(repr(parts(own)) for own in value)
     if isinstance(value, types.CodeType):
@@ -776,24 +809,35 @@ def describe(value: object, seen: dict) -> object:
     if isinstance(value, functools.partial):
         return parts([value.func, value.args, value.keywords])
     if isinstance(value, types.MethodType | property | classmethod | staticmethod):
-        return parts([getattr(value, own, None) for own in ("__func__", "__self__", "fget")])
+        names = "__func__", "__self__", "fget", "fset"
+        return parts([getattr(value, name, None) for name in names])
+    if isinstance(value, types.ModuleType | logging.Logger):
+        return value.__name__ if isinstance(value, types.ModuleType) else value.name
     if id(value) in seen:  # such as a function that calls itself
         return list(seen).index(id(value))
-    if inspect.isfunction(value) and not is_library(value):
-        seen[id(value)] = value
+    text = re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
+    if inspect.isroutine(value) or inspect.isclass(value):
+        if is_library(value):
+            bound = getattr(value, "__self__", None)
+            is_plain = bound is None or isinstance(bound, type | types.ModuleType)
+            return text if is_plain else parts([value.__name__, bound])
+    elif not own_type and not getattr(value, "__dict__", None):
+        return text
+    seen[id(value)] = value
+    if inspect.isfunction(value):
         names = all_names(value.__code__)
         read = [value.__globals__[name] for name in names if name in value.__globals__]
-        modules = [own for own in read if inspect.ismodule(own) and not is_library(own)]
-        read += [getattr(own, name, None) for own in modules for name in names]
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        modules = []
+        for own in read:  # which grows: of your own modules what the names may mean
+            if inspect.ismodule(own) and not is_library(own) and own not in modules:
+                modules.append(own)
+                read += [getattr(own, name, None) for name in names]
+        cells = [inspect.getclosurevars(value).nonlocals] if value.__closure__ else []
         return parts([value.__code__, value.__defaults__, value.__kwdefaults__, cells, read])
-    if inspect.isclass(value) and is_library(value) or inspect.ismodule(value):
-        return repr(value)
-    if hasattr(value, "__dict__") and (vars(value) or not callable(value)):
-        seen[id(value)] = value
-        own = {n: v for n, v in vars(value).items() if callable(v) or not n.startswith("__")}
-        return parts([getattr(value, "__bases__", type(value)), own])
-    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
+    slots = [name for own in type(value).__mro__ for name in getattr(own, "__slots__", ())]
+    held = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
+    held = {n: v for n, v in held.items() if callable(v) or not n.startswith("__")}
+    return parts([getattr(value, "__bases__", type(value)), held])
 
 
 def launched() -> tuple[int, int]:
@@ -876,7 +920,7 @@ def my_parts(trials: list[Trial], kind: Callable | None) -> Iterator[list[Trial]
     groups = defaultdict(list)
     for index, trial in enumerate(trials):
         groups[kind(trial) if kind else index % (8 * processes)].append(trial)
-    most = math.ceil(len(trials) / (8 * processes))
+    most = max(8, math.ceil(len(trials) / (8 * processes)))  # a stack of 8 gains nearly all
     parts = []
     for group in groups.values():
         count = math.ceil(len(group) / most)
@@ -916,7 +960,7 @@ def one_at_a_time(trials: list[Trial], function: Callable) -> Iterator[tuple[Tri
         begun = time.monotonic()
         seed_all(trial, word=1)
         with told([trial]):
-            score = function(dict(trial.hyperparams))
+            score = function(copy.deepcopy(trial.hyperparams))
         trial.seconds = time.monotonic() - begun
         yield trial, score
 
@@ -982,7 +1026,7 @@ def random_search(
     for key, value in trials[0].hyperparams.items():
         if repr(value) != repr(again[key]) and callable(space[key]):
             raise InputError(f"space: {key} has another value each time: draw from the generator")
-    versions = [torch.__version__, np.__version__]
+    versions = [torch.__version__, np.__version__, str(torch.get_default_dtype())]
     own_log = Log(log, name, [name, space, seed, versions, train_and_evaluate])
     if launched()[0] == 0:
         own_log.tell_of(trials, log)
@@ -1018,12 +1062,17 @@ def search(
 ) -> list[Trial]:
     """random_search of a task, on the device of its tensors; a trial trains for epochs."""
     for x, y in (task[:2], task[2:4]):
-        if x.ndim < 2 or len(x) != len(y) or not len(x):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise InputError("x and y must be tensors")
+        if x.ndim < 2 or len(x) != len(y) or x.shape[1:] != task.train_x.shape[1:]:
             raise InputError(f"x of shape {list(x.shape)} and y of {list(y.shape)} are not rows")
     functions = [getattr(own, "__name__", repr(own)) for own in (task.build_model, task.update)]
     parameters = parameters_of(task.build_model)[2:] + parameters_of(task.update)[3:]
     names = {own.name for own in parameters}
+    if any(own.kind is own.VAR_KEYWORD for own in parameters):  # it takes all
+        names |= set(task.space)
     needed = {own.name for own in parameters if own.default is own.empty}
+    needed -= {own.name for own in parameters if own.kind in (own.VAR_KEYWORD, own.VAR_POSITIONAL)}
     for key in (set(task.space) - names - {"batch_size"}) | (needed - set(task.space)):
         problem = "is an argument of neither" if key in task.space else "is missing for one of"
         raise InputError(f"space: {key} {problem}: {functions[0]}, {functions[1]}")

@@ -169,6 +169,23 @@ class PlainList(nn.Module):
         return self.last(self.layers[0](x))
 
 
+class PlainTuple(PlainList):
+    def __init__(self, inputs, outputs, p):
+        super().__init__(inputs, outputs, p)
+        self.layers = tuple(self.layers)
+
+
+class Slots(nn.Linear):
+    __slots__ = ("factor",)
+
+    def __init__(self, inputs, outputs, p):
+        super().__init__(inputs, outputs)
+        self.factor = p
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 class BufferAnew(nn.Module):
     def __init__(self, inputs, outputs, p):
         super().__init__()
@@ -231,6 +248,29 @@ def adam(parameter, gradient, state, lr):
 
 def clipped(parameter, gradient, state, lr):
     parameter -= lr * gradient / gradient.norm().clamp(min=1)
+
+
+def tied_by_a_float(inputs, outputs, p):
+    layers = [nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 16)]
+    if p > 0.3:
+        layers[3].weight = layers[2].weight
+    return nn.Sequential(*layers, nn.Linear(16, outputs))
+
+
+def one_dropout(inputs, outputs, p):
+    dropout = nn.Dropout(p)
+    return nn.Sequential(
+        nn.Linear(inputs, 16), dropout, nn.Linear(16, 16), dropout, nn.Linear(16, outputs)
+    )
+
+
+def skipping(parameter, gradient, state, lr):
+    if torch.isfinite(gradient).all():
+        parameter -= lr * gradient
+
+
+def by_batch_size(parameter, gradient, state, lr, batch_size):
+    parameter -= lr * batch_size / 64 * gradient
 
 
 def noisy(parameter, gradient, state, lr):
@@ -308,6 +348,11 @@ kind("checkpoint", "alone", net(lambda _, x: checkpoint(torch.tanh, x, use_reent
 kind("tied", "by_vmap", tied)
 kind("plain tensor", "alone", PlainTensor)
 kind("plain list", "alone", PlainList)
+kind("plain tuple", "alone", PlainTuple)
+kind("slots", "alone", Slots)
+kind("tied by a float", None, tied_by_a_float)
+kind("one dropout in two places", None, one_dropout)
+kind("skipping", "alone", update=skipping)
 kind("buffer anew", "by_vmap", BufferAnew)
 kind("layer or not", "alone", layer_or_not(0), space=SPACE | {"p": [0.0, 0.5]})
 kind("layer by threshold", "both", layer_or_not(0.2))
@@ -595,6 +640,8 @@ BAD = {
     "an update that returns": (dict(update=unchanging), "update.*in place"),
     "a batch size of 0": (dict(space=SPACE | {"batch_size": [0]}), "batch_size is 0"),
     "a batch size of floats": (dict(space=SPACE | {"batch_size": [8.0]}), "batch_size is 8.0"),
+    "an empty list": (dict(space=SPACE | {"p": []}), "p must be a list"),
+    "no list": (dict(space=SPACE | {"p": 0.1}), "p must be a list"),
     "rows that do not match": (dict(y=CLASSES[:50]), "rows"),
     "another draw each time": (
         dict(space=SPACE | {"p": lambda generator: np.random.uniform()}), "space: p"),
@@ -679,6 +726,48 @@ def test_values_reach_update_as_they_are():
     assert together == {n: own for trial in trials for n, own in scores(task, [trial]).items()}
 
 
+class Operation:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, gradient):
+        return gradient * self.factor
+
+
+def operated(parameter, gradient, state, lr, operation):
+    parameter -= lr * operation(gradient)
+
+
+@pytest.mark.parametrize("update, values", [
+    (by_batch_size, {"batch_size": [64, 128, 256]}),
+    (operated, {"operation": [Operation(1), Operation(5)]}),
+])  # fmt: skip
+def test_trials_of_one_stack_share_all_that_is_no_float(update, values):
+    task = make_task(build_model=mlp, update=update, space=SPACE | values)
+    trials = sample_trials(task, range(9))
+    together = scores(task, trials)
+    assert together == {n: own for trial in trials for n, own in scores(task, [trial]).items()}
+
+
+def test_a_model_may_change_the_lists_it_is_given():
+    def build_model(inputs, outputs, p, sizes):
+        sizes.append(outputs)
+        return nn.Sequential(nn.Linear(inputs, sizes[0]), nn.Linear(sizes[0], sizes[-1]))
+
+    space = SPACE | {"sizes": [[8], [4]]}
+    task = make_task(build_model=build_model, space=space)
+    rs.search(task, 4, 1)
+    assert space["sizes"] == [[8], [4]]
+
+
+def test_whole_numbers_among_floats_are_floats():
+    space = SPACE | {"lr": [1, 0.1]}
+    task = make_task(build_model=mlp, space=space)
+    assert {type(trial.hyperparams["lr"]) for trial in rs.search(task, 6, 1)} == {float}
+
+
 # ---- The log ------------------------------------------------------------------------------------
 
 
@@ -722,6 +811,10 @@ def run_code(code: str, **names) -> dict:
     return names
 
 
+def slotted_loss(operation, outputs, y):
+    return operation(F.cross_entropy(outputs, y))
+
+
 LOSS = "def loss(outputs, y): return F.cross_entropy(outputs, y) * 1"
 WAYS_TO_DIFFER = {
     "arguments of a module": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.ones(3) * 2)),
@@ -740,6 +833,10 @@ WAYS_TO_DIFFER = {
     "a helper's own helper": [
         run_code(f"def c(): return {own}\ndef b(): return c()\n" + LOSS.replace("1", "b()"), F=F)["loss"]
         for own in (1, 2)],
+    "an object that is called": [
+        run_code(f"class L:\n    def __call__(self, o, y): return F.cross_entropy(o, y) * {own}", F=F)["L"]()
+        for own in (1, 2)],
+    "an object with slots": [functools.partial(slotted_loss, Operation(own)) for own in (1, 5)],
     "a bound method": [types.MethodType(lambda self, o, y: F.cross_entropy(o, y) * self, own) for own in (1, 2)],
 }  # fmt: skip
 
