@@ -13,6 +13,7 @@ Left out on purpose: other samplers, pruning, data that does not fit in memory.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
@@ -846,6 +847,7 @@ def launched() -> tuple[int, int]:
         if not distributed.is_torchelastic_launched():
             return 0, 1
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        atexit.register(distributed.destroy_process_group)  # else its threads may abort the exit
     return distributed.get_rank(), distributed.get_world_size()
 
 
