@@ -514,7 +514,6 @@ def rehearse(stack: Stack) -> list[Tensor]:
         stack.step([own if own is None else own * scale for own in gradients])
     number = stack.trials[place].number  # copies of the trial itself are no others
     own = torch.tensor([trial.number == number for trial in stack.trials], device=x.device)
-    own = own.expand(len(stack.orders)) if len(own) == 1 else own
     for other in (math.nan, 1e30, math.nan):  # gradients of the others must not matter
         mixed = [
             g if g is None else g.where(own.view(-1, *[1] * (g.ndim - 1)), other) for g in gradients
@@ -689,11 +688,11 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
     simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
     by_layers = [(gradients_by_layers, True)] if simple and type(model) is nn.Sequential else []
+    draws = draws[:1] * (steps - 1) + draws[1:]  # of each step of an epoch
     # oneDNN's convolutions may have other last bits in a stack than alone.
     for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
-        draws_of_epoch = draws[:1] * (steps - 1) + draws[1:]
         # The structure of the other: what outline cannot see is wrong then, and found.
-        kind = Kind(models[1], gradients, draws_of_epoch, floats, common, onednn, most=most)
+        kind = Kind(models[1], gradients, draws, floats, common, onednn, most=most)
         try:
             problem, least = rehearse_stacked(pair, task, kind, expected)
         except Exception as error:  # of your code, which raised nothing alone
@@ -712,16 +711,19 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
         groups[kind_of(trial, task)].append(trial)
     for group in groups.values():
         kind, problem = examine(group[0], task)
+        no_draws = [0] * len(kind.draws)  # alone dropout is torch's own
+        alone = kind._replace(gradients=gradients_alone, draws=no_draws, floats=[], least=1)
         count = math.ceil(len(group) / kind.most)
         for start in range(count):
             stacked = []
             for trial in group[start::count]:
                 model = make_model(trial, task)
-                own = {key: own for key, own in outline(model).items() if key not in kind.floats}
-                reason = problem or difference(kind.outline, own)
+                reason = problem
+                if not reason:
+                    held = {k: own for k, own in outline(model).items() if k not in kind.floats}
+                    reason = difference(kind.outline, held)
                 if reason:
                     tell(f"{type(model).__name__} trains one trial at a time: {reason}")
-                    alone = kind._replace(gradients=gradients_alone, floats=[], least=1)
                     yield Stack([trial], [model], task, alone)
                 else:
                     stacked.append((trial, model))
@@ -975,7 +977,7 @@ def ranked(trials: list[Trial]) -> list[Trial]:
 
 
 def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
-    """Print the best, ranked, and where the best tenth lies; scores that are -loss as losses."""
+    """Print the five best of ranked trials; scores that are -loss as losses."""
     sign, name = (-1, "loss") if loss else (1, "score")
     names = list(trials[0].hyperparams)
     rows = [["trial", name, *names, f"{name} of repeats"]]
