@@ -22,11 +22,9 @@ import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import random
-import re
 import sqlite3
 import sys
 import threading
@@ -149,59 +147,44 @@ def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
     return sample
 
 
-def random_words(trial: Trial) -> np.ndarray:
-    """Six random uint32, two each: for initial weights, the order of rows, dropout."""
-    words = np.random.SeedSequence(trial.seed, spawn_key=(trial.number, trial.repeat))
-    return words.generate_state(6)
+WEIGHTS, OWN, ORDER, DROPOUT = range(4)  # what a trial's random numbers are for
 
 
-def seed_all(trial: Trial, word: int) -> None:
-    """Seed all that your own code may draw from: by word 0 for a model, by 1 to train it."""
-    seed = int(random_words(trial)[word])
+def seed_of(trial: Trial, purpose: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(trial.seed, spawn_key=(trial.number, trial.repeat, purpose))
+
+
+def seed_all(trial: Trial, purpose: int) -> None:
+    """Seed all that your own code may draw from."""
+    seed = int(seed_of(trial, purpose).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    # torch.manual_seed takes 95 us, to look for devices.
-    has_device = torch.accelerator.is_available()
-    (torch.manual_seed if has_device else torch.default_generator.manual_seed)(seed)
-
-
-def random_numbers(words: np.ndarray) -> Tensor:
-    """Four numbers in 0 to 2**32 of each random uint64, 2**16 apart."""
-    return torch.from_numpy(words.view(np.uint16).astype(np.float32)).add_(0.5).mul_(2**16)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)  # the other looks for devices, which takes 95 us
 
 
 def take_from(noise: Tensor) -> Callable[[int], Tensor]:
-    """A function that returns the next numbers of noise [..., draws], from whole words."""
+    """A function that returns the next numbers of noise [..., draws]."""
     start = 0
 
     def draw(count: int) -> Tensor:
         nonlocal start
-        numbers = noise[..., start : start + count]
-        start += count + -count % 4
-        return numbers
+        start += count
+        return noise[..., start - count : start]
 
     return draw
 
 
-def dropout_bounds(rate: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The random number from which a value is kept, and its factor then."""
-    rate = torch.as_tensor(rate)
-    return rate * 2**32, 1 / (1 - rate)
-
-
-def dropout_mask(noise: Tensor, least: Tensor, factor: Tensor) -> Tensor:
-    """0 or factor. As noise is 2**16 apart, what exceeds least does so by more than factor."""
-    return torch.minimum((noise - least).relu(), factor)  # a comparison takes three times as long
-
-
 @contextlib.contextmanager
 def dropout_by(draw: Callable[[int], Tensor]) -> Iterator[None]:
-    """Within it the masks of F.dropout, which nn.Dropout calls too, are of the numbers of draw."""
+    """Within it F.dropout, which nn.Dropout calls too, takes its random numbers from draw."""
 
     def dropout(x, p=0.5, training=True, inplace=False):
         if not training:
             return x
-        mask = dropout_mask(draw(x.numel()), *dropout_bounds(p)).view(x.shape).to(x.dtype)
+        mask = dropout_mask(draw(x.numel()).view(x.shape), p).to(x.dtype)
         return x.mul_(mask) if inplace else x * mask
 
     before = F.dropout
@@ -212,20 +195,21 @@ def dropout_by(draw: Callable[[int], Tensor]) -> Iterator[None]:
         F.dropout = before
 
 
+def dropout_mask(noise: Tensor, rate: float | Tensor) -> Tensor:
+    """0, with a probability of rate, or else 1 / (1 - rate), by noise in (0, 1)."""
+    factor = 1 / (1 - torch.as_tensor(rate)).clamp(min=2**-16)  # finite where the rate is 1
+    return (noise - rate).ceil() * factor  # noise > rate, a mask of bools, takes twice as long
+
+
 # ==== 3. Training a stack of trials side by side =================================================
-
-
-@functools.cache
-def parameters_of(function: Callable) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
 
 
 def arguments_of(function: Callable, first: int, hyperparams: dict) -> dict:
     """The hyperparameters among the arguments of function, which begin at first."""
-    parameters = parameters_of(function)[first:]
-    takes_all = any(own.kind is own.VAR_KEYWORD for own in parameters)
-    names = [own.name for own in parameters]
-    return {name: own for name, own in hyperparams.items() if takes_all or name in names}
+    parameters = list(inspect.signature(function).parameters.values())[first:]
+    if any(own.kind is own.VAR_KEYWORD for own in parameters):
+        return dict(hyperparams)
+    return {own.name: hyperparams[own.name] for own in parameters if own.name in hyperparams}
 
 
 @contextlib.contextmanager
@@ -241,21 +225,11 @@ def told(trials: list[Trial]) -> Iterator[None]:
 
 def make_model(trial: Trial, task: Task) -> nn.Module:
     """The untrained model of a trial, in ordinary PyTorch."""
-    seed_all(trial, word=0)
+    seed_all(trial, WEIGHTS)
     own = copy.deepcopy(arguments_of(task.build_model, 2, trial.hyperparams))  # it may change them
     with told([trial]):
         model = task.build_model(task.train_x.shape[1], task.outputs, **own)
         return model.to(task.train_x.device)
-
-
-def update_arguments(trials: list[Trial], task: Task, parameter: Tensor) -> dict:
-    """The hyperparameters of update; floats as tensors that broadcast with [trials, ...]."""
-    arguments = arguments_of(task.update, 3, trials[0].hyperparams)
-    for name, value in arguments.items():
-        if isinstance(value, float):
-            values = parameter.new_tensor([trial.hyperparams[name] for trial in trials])
-            arguments[name] = values.view(-1, *[1] * (parameter.ndim - 1))
-    return arguments
 
 
 def batch_sizes(trial: Trial, task: Task) -> list[int]:
@@ -274,11 +248,10 @@ class Kind(NamedTuple):
 
     model: nn.Module  # of one of them, for its structure
     gradients: Callable  # gradients_alone, gradients_by_vmap or gradients_by_layers
-    draws: list[int]  # how many random numbers dropout takes in each step of an epoch
-    floats: list[tuple[str, str]] = []  # a module's name, its attribute that hyperparameters set
+    draws: int = 0  # random numbers that dropout takes for each row
+    floats: tuple = ()  # of a module's name and its attribute that hyperparameters set
     outline: dict = {}  # what else the models of a stack have in common
-    onednn: bool = True  # whether oneDNN may be used
-    least: int = 1  # how many trials a stack must have
+    least: int = 1  # how many trials a stack must have: a lone one may train as two
     most: int = 1  # and how many serve best
 
 
@@ -289,40 +262,38 @@ class Stack:
     """
 
     def __init__(self, trials: list[Trial], models: list[nn.Module], task: Task, kind: Kind):
-        self.trials = trials
-        self.models = models
-        self.task = task
-        self.kind = kind
+        self.trials, self.models, self.task, self.kind = trials, models, task, kind
         if len(trials) < kind.least:
             trials, models = trials * 2, models * 2
-        words = [random_words(trial) for trial in trials]
-        self.orders = [np.random.default_rng(own[2:4]) for own in words]
-        self.noises = [np.random.SFC64(own[4:6]) for own in words]
+        self.orders = [np.random.default_rng(seed_of(own, ORDER)) for own in trials]
+        self.noises = [np.random.SFC64(seed_of(own, DROPOUT)) for own in trials]
         self.parameters = stack_tensors([dict(model.named_parameters()) for model in models])
         self.buffers = stack_tensors([dict(model.named_buffers()) for model in models])
         self.trained = [own for own in self.parameters.values() if own.requires_grad]
         self.states = [{} for _ in self.trained]  # of update
-        self.arguments = [update_arguments(trials, task, own) for own in self.trained]
+        self.arguments = [self.update_arguments(own) for own in self.trained]
         self.floats = {}
         for name, attribute in kind.floats:
             values = [getattr(model.get_submodule(name), attribute) for model in models]
             self.floats[name, attribute] = torch.tensor(values, device=task.train_x.device)
-        self.layers = [(name, type(layer)) for name, layer in kind.model._modules.items()]
-        self.dropouts = {}  # for gradients_by_layers
-        for name, layer in self.layers if kind.gradients is gradients_by_layers else ():
-            if layer is nn.Dropout:
-                rates = [model.get_submodule(name).p for model in models]
-                rates = torch.tensor(rates, device=task.train_x.device)
-                self.dropouts[name] = dropout_bounds(rates.view(-1, 1, 1))
-        y = task.train_y  # of classes from 0, none that cross_entropy ignores?
-        self.classes = y.dtype == torch.int64 and y.ndim == 1 and y.min() >= 0
+        y = task.train_y  # of classes, none that cross_entropy ignores?
+        self.classes = y.dtype == torch.int64 and y.ndim == 1 and bool(y.min() >= 0)
+
+    def update_arguments(self, parameter: Tensor) -> dict:
+        """The hyperparameters of update; floats as tensors that broadcast with [trials, ...]."""
+        arguments = arguments_of(self.task.update, 3, self.trials[0].hyperparams)
+        for name, value in arguments.items():
+            if isinstance(value, float):
+                values = [trial.hyperparams[name] for trial in self.trials]
+                values = parameter.new_tensor(values).view(-1, *[1] * (parameter.ndim - 1))
+                arguments[name] = values
+        return arguments
 
     def batches(self, epochs: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x and y [trials, batch, ...] and noise [trials, draws] of each step."""
         x, y = self.task.train_x, self.task.train_y
         sizes = batch_sizes(self.trials[0], self.task)
-        draws = itertools.chain.from_iterable(itertools.repeat(self.kind.draws, epochs))
-        noise = self.make_noise(draws)
+        noise = self.make_noise(itertools.chain.from_iterable(itertools.repeat(sizes, epochs)))
         order = torch.arange(len(x), device=x.device).expand(len(self.orders), -1)
         for _ in range(epochs):
             if len(sizes) > 1:  # the order of a full batch does not matter
@@ -331,14 +302,17 @@ class Stack:
             for rows in order.split(sizes, dim=1):
                 yield x[rows], y[rows], next(noise)
 
-    def make_noise(self, draws: Iterable[int]) -> Iterator[Tensor]:
-        """random_numbers, [trials, draws of the step]; those of many steps in one call."""
-        for count, run in itertools.groupby(draws):
-            ahead = max(1, 2**17 // max(1, count * len(self.noises)))
-            while steps := sum(1 for _ in itertools.islice(run, ahead)):
-                words = np.stack([own.random_raw(steps * count // 4) for own in self.noises])
-                noise = random_numbers(words).to(self.task.train_x.device)
-                yield from noise.view(len(words), steps, count).unbind(1)
+    def make_noise(self, sizes: Iterable[int]) -> Iterator[Tensor]:
+        """Numbers in (0, 1) [trials, draws] for each step; those of many steps in one call."""
+        for size, run in itertools.groupby(sizes):
+            words = math.ceil(size * self.kind.draws / 4)  # a word of 64 bits is four numbers
+            ahead = max(1, 2**15 // max(1, words * len(self.noises)))
+            while steps := len(list(itertools.islice(run, ahead))):
+                raw = np.stack([own.random_raw(steps * words) for own in self.noises])
+                noise = torch.from_numpy(raw.view(np.uint16).astype(np.float32))
+                noise = noise.add_(0.5).mul_(2**-16)
+                noise = noise.to(self.task.train_x.device).view(len(raw), steps, 4 * words)
+                yield from noise.unbind(1)
 
     @torch.no_grad()
     def step(self, gradients: Iterable[Tensor | None]) -> None:
@@ -389,22 +363,30 @@ def gradients_by_vmap(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list
     return torch.autograd.grad(outputs, stack.trained, gradient, allow_unused=True)
 
 
+def gradients_without_onednn(stack: Stack, x: Tensor, y: Tensor, noise: Tensor):
+    """The same; oneDNN's convolutions may have other last bits in a stack than alone."""
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        return gradients_by_vmap(stack, x, y, noise)
+
+
 @torch.no_grad()
 def gradients_by_layers(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list[Tensor]:
     """The same for an nn.Sequential of Linear, ReLU and Dropout, in less than half the time."""
     parameters = iter(stack.parameters.values())
     draw = take_from(noise)
-    forward = []
-    for name, layer in stack.layers:
-        if layer is nn.Linear:
+    forward = []  # of each layer: the weights and what they multiplied, or a factor and None
+    for name, layer in stack.kind.model._modules.items():
+        if type(layer) is nn.Linear:
             weight = next(parameters)
             forward.append((weight, x))
             x = torch.baddbmm(next(parameters).unsqueeze(1), x, weight.mT)
-        elif layer is nn.ReLU:
+        elif type(layer) is nn.ReLU:
             x = x.relu()
             forward.append((None, x))
         else:
-            mask = dropout_mask(draw(x[0].numel()).view(x.shape), *stack.dropouts[name])
+            rate = stack.floats.get((name, "p"))
+            rate = layer.p if rate is None else rate.view(-1, 1, 1)
+            mask = dropout_mask(draw(x[0].numel()).view(x.shape), rate)
             forward.append((mask, None))
             x = x * mask
     gradient = loss_gradient(stack, x, y)  # by the outputs of a layer, the last one first
@@ -442,45 +424,38 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-PLAIN = bool | int | float | str | None
-
-
 def outline(model: nn.Module) -> dict:
-    """What the modules of a model hold, but weights: where that differs, models do not stack.
-
-    Numbers and text are themselves, any other object is its id: no two models share a hook.
-    """
+    """What the modules of a model hold, but weights: where that differs, models do not stack."""
     held = {}
     first = {}  # where a tensor stands first: it may be tied
     for name, module in model.named_modules(remove_duplicate=False):
         held[name, "class"] = type(module)
         for key, own in itertools.chain(module._parameters.items(), module._buffers.items()):
             if own is not None:
-                hooks = own._backward_hooks, own._post_accumulate_grad_hooks
+                hooks = len(own._backward_hooks or ()), own._post_accumulate_grad_hooks
                 place = first.setdefault(id(own), (name, key))
                 held[name, key] = own.shape, own.dtype, own.requires_grad, hooks, place
         for attribute, value in vars(module).items():
             if isinstance(value, PLAIN):
                 held[name, attribute] = value
-            elif isinstance(value, tuple | set) and all(isinstance(own, PLAIN) for own in value):
-                held[name, attribute] = repr(value)
             elif attribute not in ("_parameters", "_buffers", "_modules"):
-                is_empty = isinstance(value, dict | list) and not value
-                held[name, attribute] = None if is_empty else id(value)
+                is_empty = isinstance(value, dict) and not value
+                held[name, attribute] = None if is_empty else describe(value, seen={})
     return held
 
 
-def difference(one: dict, two: dict) -> str:
-    """Where two outlines differ, in words; '' if nowhere."""
+def difference(one: dict, two: dict, floats: Iterable = ()) -> str:
+    """Where two outlines differ but in floats, in words; '' if nowhere."""
     for name, attribute in one | two:
-        if one.get((name, attribute)) != two.get((name, attribute)):
+        key = name, attribute
+        if key not in floats and one.get(key) != two.get(key):
             module = one.get((name, "class"), type(None)).__name__
             return f"{attribute} of {module} is not the same in all trials"
     return ""
 
 
-def middle_trials(trial: Trial, task: Task) -> list[Trial]:
-    """Two trials like this one, with other floats: the two in the middle of 32 that are drawn.
+def rehearsal_trials(trial: Trial, task: Task) -> list[Trial]:
+    """Four trials like this one, in turn with two values of each float from amidst those drawn.
 
     They follow from the space, not from the trials that are there: who is stacked must not.
     """
@@ -488,220 +463,174 @@ def middle_trials(trial: Trial, task: Task) -> list[Trial]:
     pair = [dict(trial.hyperparams), dict(trial.hyperparams)]
     for name, value in trial.hyperparams.items():
         if isinstance(value, float):
-            drawn = {sample.get(name) for sample in samples}
-            drawn = sorted(own for own in drawn if isinstance(own, float)) or [value]
+            drawn = {sample[name] for sample in samples if isinstance(sample[name], float)}
+            drawn = sorted(drawn) or [value]
             pair[0][name] = drawn[len(drawn) // 2]
             pair[1][name] = drawn[len(drawn) // 2 - 1]
-    return [replace(trial, number=n, repeat=0, hyperparams=own) for n, own in enumerate(pair)]
+    return [replace(trial, number=n, repeat=0, hyperparams=pair[n % 2]) for n in range(4)]
 
 
-def rehearse(stack: Stack) -> list[Tensor]:
-    """Take the first and the last step of an epoch, and some with gradients of other magnitudes.
+def rehearse(stack: Stack) -> list[list[Tensor]]:
+    """Take the first and the last step of an epoch, then three with gradients of other sizes.
 
-    Return the gradients, the parameters and the buffers of the trial in the middle.
+    Return the gradients, parameters and buffers that each trial has had.
     """
-    draws = stack.kind.draws
-    place = len(stack.trials) // 2
-    seen = []
-    for step, noise in zip((0, -1), stack.make_noise([draws[0], draws[-1]]), strict=True):
-        size = batch_sizes(stack.trials[0], stack.task)[step]
-        x, y = (rows[:size] for rows in (stack.task.train_x, stack.task.train_y))
-        x, y = (rows.expand(len(stack.orders), *rows.shape) for rows in (x, y))
-        gradients = stack.kind.gradients(stack, x, y, noise)
-        seen += [torch.zeros(0) if own is None else own[place].clone() for own in gradients]
+    task = stack.task
+    sizes = batch_sizes(stack.trials[0], task)
+    sizes = sizes[0], sizes[-1]
+    seen = [[] for _ in stack.models]
+    for size, noise in zip(sizes, stack.make_noise(sizes), strict=True):
+        rows = torch.arange(size, device=task.train_x.device).expand(len(stack.orders), -1)
+        x, y = task.train_x[rows], task.train_y[rows]
+        with dropout_by(take_from(noise[0])):  # alone too, where it would be torch's own
+            gradients = stack.kind.gradients(stack, x, y, noise)
         stack.step(gradients)
-    for scale in (1e-4, 1e4):  # where an update may clip
-        stack.step([own if own is None else own * scale for own in gradients])
-    number = stack.trials[place].number  # copies of the trial itself are no others
-    own = torch.tensor([trial.number == number for trial in stack.trials], device=x.device)
-    for other in (math.nan, 1e30, math.nan):  # gradients of the others must not matter
-        mixed = [
-            g if g is None else g.where(own.view(-1, *[1] * (g.ndim - 1)), other) for g in gradients
-        ]
-        stack.step(mixed)
-    model = stack.models[place]
-    seen += [*model.parameters(), *model.buffers()]
-    return [own.detach().double().nan_to_num() for own in seen]
+        for place, own in enumerate(seen):
+            own += [torch.zeros(0) if g is None else g[place].clone() for g in gradients]
+    for scale in (1e-4, 1e4, math.nan):  # an update may clip; others may diverge beside a trial
+        scales = [scale if trial.number % 2 else 1.0 for trial in stack.trials]
+        scales = torch.tensor(scales, device=task.train_x.device)
+        shapes = [(-1, *[1] * (own.ndim - 1)) for own in stack.trained]
+        pairs = zip(gradients, shapes, strict=True)
+        stack.step([None if g is None else g * scales.view(shape) for g, shape in pairs])
+    for model, own in zip(stack.models, seen, strict=True):
+        own += [*model.parameters(), *model.buffers()]
+    return [[tensor.detach().nan_to_num() for tensor in own] for own in seen]
 
 
-def agree(seen: list[Tensor], others: list[Tensor], tolerance: float) -> bool:
-    """Whether each differs by tolerance at most, of its largest number or of 1e-3 of all's."""
+def agree(seen: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether each differs by a thousandth at most, of its largest number or 1e-3 of all's."""
     sizes = [own.abs().max().item() if own.numel() else 0 for own in others]
     return all(
         own.shape == other.shape
         # A gradient may be 0 but for rounding, as that of a bias before BatchNorm.
-        and torch.allclose(own, other, rtol=0, atol=tolerance * max(size, 1e-3 * max(sizes)))
+        and torch.allclose(own, other, rtol=0, atol=1e-3 * max(size, 1e-3 * max(sizes)))
         for own, other, size in zip(seen, others, sizes, strict=True)
     )
 
 
-class Rounding(TorchDispatchMode):
-    """Tries each operation on a stack of one trial with made-up numbers, alone and among others.
+def dropout_draws(model: nn.Module, x: Tensor) -> int:
+    """How many random numbers dropout takes for each row of x."""
+    drawn = []
 
-    The last bits may differ: those of a product of one column, where it is the only one, or of a
-    sigmoid, for the last numbers of a tensor, which do not fill a vector register.
+    def draw(count: int) -> Tensor:
+        drawn.append(count)
+        return x.new_ones(count, dtype=torch.float32)
+
+    with torch.no_grad(), dropout_by(draw):
+        model(x)
+    return math.ceil(sum(drawn) / len(x))
+
+
+def rehearse_alone(trial: Trial, task: Task, draws: int) -> tuple[list[Tensor], str]:
+    """Rehearse in plain PyTorch; return also what of the model has changed but weights."""
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        broadcasts = outputs.ndim != y.ndim and 1 in (*outputs.shape[1:], *y.shape[1:])
+        if y.is_floating_point() and broadcasts:
+            shapes = f"{list(outputs.shape)}, y has {list(y.shape)}"
+            raise InputError(f"the model's outputs have shape {shapes}")
+        return task.loss(outputs, y)
+
+    model = make_model(trial, task)
+    before = outline(model)
+    kind = Kind(model, gradients_alone, draws)
+    stack = Stack([trial], [model], task._replace(loss=loss), kind)
+    start = [own.clone() for own in stack.trained]
+    (seen,) = rehearse(stack)
+    if all(map(torch.equal, start, stack.trained)):
+        raise InputError("update changed no parameter: it must change them in place")
+    return seen, difference(before, outline(model))
+
+
+class Rounding(TorchDispatchMode):
+    """Tries each elementwise operation on made-up numbers, of some trials together and apart.
+
+    torch's loops take 32 floats at once: the rest of a tensor may round otherwise, as that of a
+    sigmoid does, but so rarely that a rehearsal does not show it.
     """
 
     def __init__(self):
         super().__init__()
-        self.least = {}  # by operation and shape: how many trials it needs, 3: never the same
-        self.numbers = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+        self.differs = {}  # by operation and shape
+        self.generator = torch.Generator().manual_seed(0)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # to skip it torch would import it, which takes a second
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        def on(made: Tensor) -> Tensor:
+            own = [made.clone() if isinstance(a, Tensor) and a.shape == shape else a for a in args]
+            return operation(*own, **kwargs or {}).nan_to_num()
+
         result = operation(*args, **kwargs or {})
-        is_float = isinstance(result, Tensor) and result.is_floating_point() and result.ndim
-        key = operation, result.shape if is_float else None
-        if is_float and key not in self.least:
-            with contextlib.suppress(RuntimeError):  # such as a view of a fixed size
-                self.least[key] = self.try_operation(operation, args, kwargs or {}, result)
+        shape = getattr(result, "shape", None)
+        is_new = torch.Tag.pointwise in operation.tags and (operation, shape) not in self.differs
+        if is_new and result.is_floating_point() and result.numel() % 32:
+            count = max(2, min(32, 2**14 // max(1, result.numel())))
+            made = torch.randn(count, *shape, generator=self.generator, dtype=result.dtype)
+            apart = torch.stack([on(own) for own in made])
+            self.differs[operation, shape] = not torch.equal(apart, on(made))
         return result
 
-    def try_operation(self, operation, args: tuple, kwargs: dict, result: Tensor) -> int:
-        """1 or 2 trials that have the same result apart as among others; 3: neither."""
-        first = 0 if torch.Tag.pointwise in operation.tags else 1  # any dimension may be trials'
-        if first and len(result) > 1:  # not of a stack
-            return 1
-        count = max(4, min(32, 2**14 // max(1, result.numel())))
-        made = list(args)
-        for index, own in enumerate(args):
-            if isinstance(own, Tensor) and own.is_floating_point() and own.ndim == result.ndim:
-                shape = count, *own.shape[first:]
-                numbers = self.numbers[97 * index :]
-                numbers = numbers.repeat(math.prod(shape) // len(numbers) + 1)
-                made[index] = numbers[: math.prod(shape)].view(shape).to(own.dtype)
 
-        def run(size: int) -> Tensor:  # size trials at a time
-            parts = []
-            for start in range(0, count, size):
-                rows = [
-                    new if new is old else new[start : start + size].clone()
-                    for new, old in zip(made, args, strict=True)
-                ]
-                parts.append(operation(*rows, **kwargs))
-            return torch.cat(parts).nan_to_num()
-
-        among = run(count)
-        if len(among) != count:
-            return 1
-        return next((size for size in (1, 2) if torch.equal(run(size), among)), 3)
-
-
-def refuse_broadcast(outputs: Tensor, y: Tensor) -> None:
-    shape = (len(y), *outputs.shape[1:])
-    sizes = zip(reversed(shape), reversed(y.shape), strict=False)
-    broadcasts = all(one == two or 1 in (one, two) for one, two in sizes)
-    if y.is_floating_point() and shape != y.shape and broadcasts:
-        raise InputError(f"the model's outputs have shape {list(shape)}, y has {list(y.shape)}")
-
-
-def rehearse_alone(stack: Stack) -> tuple[list[Tensor], list[int], int, str]:
-    """Rehearse in plain PyTorch; also what dropout drew in each step, floats held, a problem."""
-    (trial,), (model,) = stack.trials, stack.models
-    before = outline(model)
-    start = [own.clone() for own in stack.trained]
-    held = [2 * own.numel() for own in stack.trained]
-    drawn = [0]
-
-    def draw(count: int) -> Tensor:
-        drawn[-1] += count + -count % 4
-        words = stack.noises[0].random_raw((count + 3) // 4)
-        return random_numbers(words)[:count].to(stack.task.train_x.device)
-
-    def look(module: nn.Module, inputs: tuple, outputs: object) -> None:
-        held.append(outputs.numel() if isinstance(outputs, Tensor) else 0)
-        if module is model:
-            drawn.append(0)
-            loss = getattr(stack.task.loss, "func", stack.task.loss)
-            loss = loss if inspect.isroutine(loss) else type(loss)
-            if isinstance(outputs, Tensor) and is_library(loss):  # yours may mean it
-                refuse_broadcast(outputs, stack.task.train_y)
-
-    def next_numbers() -> tuple:
-        return random.random(), np.random.random(), torch.rand(1).item()
-
-    seed_all(trial, word=1)
-    numbers = next_numbers()
-    seed_all(trial, word=1)
-    with nn.modules.module.register_module_forward_hook(look), dropout_by(draw):
-        seen = rehearse(stack)
-    if all(map(torch.equal, start, stack.trained)):
-        raise InputError("update changed no parameter: it must change them in place")
-    problem = difference(before, outline(model))
-    if next_numbers() != numbers:
-        problem = "it draws random numbers that are not dropout's"
-    return seen, drawn[:2], sum(held), problem
-
-
-def rehearse_stacked(pair: list[Trial], task: Task, kind: Kind, expected: list) -> tuple[str, int]:
-    """Why a stack does not train the first trial as expected; how many trials it must have."""
-
-    def rehearsed(*trials: Trial, task: Task = task, rounding: Rounding | None = None) -> list:
-        models = {trial.number: make_model(trial, task) for trial in pair}
-        stack = Stack(list(trials), [models[trial.number] for trial in trials], task, kind)
-        onednn = torch.backends.mkldnn.flags(kind.onednn, allow_tf32=None)
-        with onednn, rounding or contextlib.nullcontext():
-            return rehearse(stack)
-
-    among = rehearsed(pair[1], pair[0], pair[1])
-    if not agree(among, expected, tolerance=1e-3):
-        return "in a stack it does not train as alone", 1
-    if not task.train_x.is_cpu:  # elsewhere last bits are not promised
-        return "", 1
-    rounding = Rounding()
-    without_loss = task._replace(loss=lambda outputs, y: outputs.sum())  # a loss sees one trial
-    rehearsed(pair[0], task=without_loss, rounding=rounding)
-    least = max(rounding.least.values(), default=1)
-    while least < 3 and not agree(rehearsed(*pair[:1] * least), among, tolerance=0):
-        least += 1
-    names = {str(key[0]) for key, size in rounding.least.items() if size == 3}
-    return " ".join(["its last bits depend on the stack", *names]) if least == 3 else "", least
+def rehearse_stacked(trials: list[Trial], task: Task, kind: Kind) -> list[list[Tensor]]:
+    return rehearse(Stack(trials, [make_model(own, task) for own in trials], task, kind))
 
 
 def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
-    """How trials like this one train: in a stack if some steps of one are there as they are alone.
+    """How trials like this one train: in a stack if steps of four are there as they are alone.
 
     Else a text says why not. Raises InputError for outputs or an update that cannot be right.
     """
     model = make_model(trial, task)
-    steps = len(batch_sizes(trial, task))
-    alone = Kind(model, gradients_alone, [0] * steps)
-    pair = middle_trials(trial, task)
+    trials = rehearsal_trials(trial, task)
     try:
-        models = [make_model(own, task) for own in pair]
+        models = [make_model(own, task) for own in trials[:2]]
         one, two = map(outline, models)
         floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
-        common = {key: own for key, own in one.items() if key not in floats}
-        stack = Stack(pair[:1], [make_model(pair[0], task)], task, alone)
-        expected, draws, held, problem = rehearse_alone(stack)
-        others = {key: own for key, own in two.items() if key not in floats}
-        problem = difference(common, others) or problem
+        draws = dropout_draws(make_model(trial, task), task.train_x[: batch_sizes(trial, task)[0]])
+        expected, changes = zip(
+            *[rehearse_alone(own, task, draws) for own in trials[:2]], strict=True
+        )
+        problem = difference(one, two, floats) or changes[0]
     except InputError:
         raise
     except Exception as error:  # of your code: the trial itself will show it
         problem = f"it could not be checked, {error!r}"
     if problem:
-        return alone, problem
+        return Kind(model, gradients_alone), problem
+    held = 2 * sum(own.numel() for own in model.parameters())
+    held += task.train_x[: batch_sizes(trial, task)[0]].numel()
     most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
     simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
-    by_layers = [(gradients_by_layers, True)] if simple and type(model) is nn.Sequential else []
-    draws = draws[:1] * (steps - 1) + draws[1:]  # of each step of an epoch
-    # oneDNN's convolutions may have other last bits in a stack than alone.
-    for gradients, onednn in [*by_layers, (gradients_by_vmap, True), (gradients_by_vmap, False)]:
+    by_layers = [gradients_by_layers] if simple and type(model) is nn.Sequential else []
+    for gradients in [*by_layers, gradients_by_vmap, gradients_without_onednn]:
         # The structure of the other: what outline cannot see is wrong then, and found.
-        kind = Kind(models[1], gradients, draws, floats, common, onednn, most=most)
+        kind = Kind(models[1], gradients, draws, tuple(floats), one, most=most)
         try:
-            problem, least = rehearse_stacked(pair, task, kind, expected)
+            among = rehearse_stacked(trials, task, kind)
+            if not all(map(agree, among, expected)):
+                problem = "in a stack it does not train as alone"
+                continue
+            if not task.train_x.is_cpu:  # elsewhere last bits are not promised
+                return kind, ""
+            # Without the loss, which sees one trial at a time.
+            without_loss = task._replace(loss=lambda outputs, y: outputs.sum())
+            with Rounding() as rounding:
+                rehearse_stacked(trials[:1], without_loss, kind)
+            for least in (1, 2) if not any(rounding.differs.values()) else ():
+                kind = kind._replace(least=least)
+                apart = [rehearse_stacked([own], task, kind)[0] for own in trials]
+                if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, among)))):
+                    return kind, ""
+            problem = "its last bits depend on the stack"
         except Exception as error:  # of your code, which raised nothing alone
             frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
             modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
             problem = f"{type([model, *modules][-1]).__name__}: {error}".partition("\n")[0]
-        if not problem:
-            return kind._replace(least=least), ""
-    return alone, problem
+    return Kind(model, gradients_alone), problem
 
 
 def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
@@ -711,24 +640,20 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
         groups[kind_of(trial, task)].append(trial)
     for group in groups.values():
         kind, problem = examine(group[0], task)
-        no_draws = [0] * len(kind.draws)  # alone dropout is torch's own
-        alone = kind._replace(gradients=gradients_alone, draws=no_draws, floats=[], least=1)
         count = math.ceil(len(group) / kind.most)
         for start in range(count):
-            stacked = []
+            members = []
+            models = []
             for trial in group[start::count]:
                 model = make_model(trial, task)
-                reason = problem
-                if not reason:
-                    held = {k: own for k, own in outline(model).items() if k not in kind.floats}
-                    reason = difference(kind.outline, held)
+                reason = problem or difference(kind.outline, outline(model), kind.floats)
                 if reason:
                     tell(f"{type(model).__name__} trains one trial at a time: {reason}")
-                    yield Stack([trial], [model], task, alone)
+                    yield Stack([trial], [model], task, Kind(model, gradients_alone))
                 else:
-                    stacked.append((trial, model))
-            if stacked:
-                members, models = map(list, zip(*stacked, strict=True))
+                    members.append(trial)
+                    models.append(model)
+            if members:
                 with told(members):
                     stack = Stack(members, models, task, kind)
                 yield stack
@@ -748,8 +673,8 @@ def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial,
     for stack in make_stacks(trials, task):
         begun = time.monotonic()
         alone = stack.kind.gradients is gradients_alone
-        seed_all(stack.trials[0], word=1)  # for what it may draw alone
-        with told(stack.trials), torch.backends.mkldnn.flags(stack.kind.onednn, allow_tf32=None):
+        seed_all(stack.trials[0], OWN)  # for what it may draw alone
+        with told(stack.trials):
             for x, y, noise in stack.batches(epochs):  # for x, y in loader:
                 gradients = stack.kind.gradients(stack, x, y, noise)  # loss(model(x), y).backward()
                 stack.step(gradients)  # optimizer.step()
@@ -763,7 +688,7 @@ def train_and_evaluate(trials: list[Trial], task: Task, epochs: int) -> Iterator
     """Train trials stack by stack; yield each with its score."""
     for trial, model in train(trials, task, epochs):
         model.eval()
-        seed_all(trial, word=1)
+        seed_all(trial, OWN)
         with told([trial]), torch.no_grad():
             outputs = model(task.valid_x)
             score = task.score or (lambda outputs, y: -task.loss(outputs, y))
@@ -791,57 +716,63 @@ def all_names(code: types.CodeType) -> list[str]:
     return [name for name in names if not name.startswith("__")]  # __name__ differs in a script
 
 
+def values_read(function: types.FunctionType) -> list:
+    """What the names in a function mean: what it closes over, globals, those of your modules."""
+    names = all_names(function.__code__)
+    scopes = [function.__globals__]
+    values = [inspect.getclosurevars(function).nonlocals] if function.__closure__ else []
+    for scope in scopes:  # which grows
+        found = [scope[name] for name in names if name in scope]
+        modules = [vars(own) for own in found if inspect.ismodule(own) and not is_library(own)]
+        scopes += [own for own in modules if not any(own is other for other in scopes)]
+        values += found
+    return values
+
+
+PLAIN = bool | int | float | str | bytes | None
+
+
 def describe(value: object, seen: dict) -> object:
     """Plain data that is equal for what acts the same, in every process: of your own code the
-    instructions and all that they refer to, of a library's the name, of nothing the address."""
+    instructions and all that they refer to, of a library's the name, of the rest what pickle keeps.
+    """
+    if isinstance(value, PLAIN):
+        return repr(value)
     parts = functools.partial(describe, seen=seen)
-    own_type = [] if is_library(type(value)) else [type(value)]
     if isinstance(value, Tensor):
         content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
-    if isinstance(value, np.ndarray):
-        content = parts(value.tolist()) if value.dtype == object else value.tobytes()
-        return [str(value.dtype), value.shape, hashlib.sha256(repr(content).encode()).hexdigest()]
-    if isinstance(value, dict):
-        return [[parts(name), parts(own)] for name, own in value.items()] + parts(own_type)
-    if isinstance(value, list | tuple):
-        return [parts(own) for own in (*value, *own_type)]
+    if type(value) in (list, tuple):
+        return [parts(own) for own in value]
+    if type(value) is dict:
+        return [[parts(name), parts(own)] for name, own in value.items()]
     if isinstance(value, set | frozenset):
         return sorted(repr(parts(own)) for own in value)
+    if isinstance(value, types.ModuleType):
+        return value.__name__
     if isinstance(value, types.CodeType):
         return [value.co_code.hex(), value.co_names, parts(value.co_consts)]
-    if isinstance(value, functools.partial):
-        return parts([value.func, value.args, value.keywords])
-    if isinstance(value, types.MethodType | property | classmethod | staticmethod):
-        names = "__func__", "__self__", "fget", "fset"
-        return parts([getattr(value, name, None) for name in names])
-    if isinstance(value, types.ModuleType | logging.Logger):
-        return value.__name__ if isinstance(value, types.ModuleType) else value.name
+    if isinstance(value, types.MethodType):
+        return [parts(value.__func__), parts(value.__self__)]
+    if hasattr(value, "__wrapped__") and is_library(value):  # by torch.no_grad, functools.cache
+        return parts(value.__wrapped__)
+    is_code = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
+    if is_code and is_library(value):
+        bound = getattr(value, "__self__", None)
+        bound = None if isinstance(bound, type | types.ModuleType) else bound
+        return [value.__module__, value.__qualname__, parts(bound)]
     if id(value) in seen:  # such as a function that calls itself
         return list(seen).index(id(value))
-    text = re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
-    if inspect.isroutine(value) or inspect.isclass(value):
-        if is_library(value):
-            bound = getattr(value, "__self__", None)
-            is_plain = bound is None or isinstance(bound, type | types.ModuleType)
-            return text if is_plain else parts([value.__name__, bound])
-    elif not own_type and not getattr(value, "__dict__", None):
-        return text
     seen[id(value)] = value
-    if inspect.isfunction(value):
-        names = all_names(value.__code__)
-        read = [value.__globals__[name] for name in names if name in value.__globals__]
-        modules = []
-        for own in read:  # which grows: of your own modules what the names may mean
-            if inspect.ismodule(own) and not is_library(own) and own not in modules:
-                modules.append(own)
-                read += [getattr(own, name, None) for name in names]
-        cells = [inspect.getclosurevars(value).nonlocals] if value.__closure__ else []
-        return parts([value.__code__, value.__defaults__, value.__kwdefaults__, cells, read])
-    slots = [name for own in type(value).__mro__ for name in getattr(own, "__slots__", ())]
-    held = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
-    held = {n: v for n, v in held.items() if callable(v) or not n.startswith("__")}
-    return parts([getattr(value, "__bases__", type(value)), held])
+    if isinstance(value, types.FunctionType):
+        return parts([value.__code__, value.__defaults__, value.__kwdefaults__, values_read(value)])
+    if isinstance(value, type):
+        held = {n: own for n, own in vars(value).items() if callable(own) or not n.startswith("__")}
+        return parts([value.__bases__, held])
+    try:
+        return parts(value.__reduce_ex__(2))
+    except TypeError:  # a property, a staticmethod, a lock
+        return parts([getattr(value, name, None) for name in ("__func__", "fget", "fset")])
 
 
 def launched() -> tuple[int, int]:
@@ -858,7 +789,7 @@ class Log:
     """The finished trials of a search, in an SQLite database that may hold others too."""
 
     def __init__(self, path: str | None, name: str, search: list):
-        text = json.dumps(describe(search, seen={}))
+        text = repr(describe([name, *search], seen={}))
         self.search = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.name = name
         self.database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
@@ -874,15 +805,9 @@ class Log:
         query = "SELECT * FROM trials WHERE search = ?"
         return self.database.execute(query, [self.search]).fetchall()
 
-    def tell_of(self, trials: list[Trial], path: str) -> None:
-        """Say how much of this search is there, and whether the log holds others."""
-        query = "SELECT count(DISTINCT search) FROM trials WHERE search != ?"
-        (others,) = self.database.execute(query, [self.search]).fetchone()
-        there = len(trials) - len(self.fill_in(trials))
-        if there or others:
-            line = f"{path}: {there} of {len(trials)} trials of this search are there"
-            line += f"; it holds {others} others" if others else ""
-            print(line, file=sys.stderr)
+    def insert(self, rows: Iterable) -> None:
+        query = "INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self.database.executemany(query, rows)
 
     def add(self, trial: Trial, score: float) -> None:
         row = [self.search, self.name, trial.seed, trial.number, trial.repeat]
@@ -890,26 +815,29 @@ class Log:
         row += [json.dumps(trial.hyperparams, default=repr), trial.seconds, trial.stack]
         self.insert([row])
 
-    def insert(self, rows: Iterable) -> None:
-        query = "INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        self.database.executemany(query, rows)
-
-    def share(self) -> None:
-        """Bring the rows of all processes into the log of each: machines may have their own."""
+    def fill_in(self, trials: list[Trial]) -> list[Trial]:
+        """Set what the logs of all processes know of trials; return those that have not run."""
         _, processes = launched()
-        if processes > 1:
+        if processes > 1:  # each may have a log of its own
             everyones = [None] * processes
             distributed.all_gather_object(everyones, self.rows())
             self.insert(itertools.chain.from_iterable(everyones))
-
-    def fill_in(self, trials: list[Trial]) -> list[Trial]:
-        """Set what it knows of trials; return those that have not run."""
         known = {(row[3], row[4]): row for row in self.rows()}
         for trial in trials:
             if row := known.get((trial.number, trial.repeat)):
                 trial.score = math.nan if row[5] is None else row[5]
                 trial.seconds, trial.stack = row[7:]
         return [trial for trial in trials if trial.score is None]
+
+    def tell_of(self, trials: list[Trial], missing: list[Trial], path: str) -> None:
+        """Say how much of this search is there, and whether the log holds others."""
+        query = "SELECT count(DISTINCT search) FROM trials WHERE search != ?"
+        (others,) = self.database.execute(query, [self.search]).fetchone()
+        there = len(trials) - len(missing)
+        if there or others:
+            line = f"{path}: {there} of {len(trials)} trials of this search are there"
+            line += f"; it holds {others} others" if others else ""
+            print(line, file=sys.stderr)
 
 
 ONE_AT_A_TIME = threading.RLock()  # random numbers and F.dropout are the whole process's
@@ -923,9 +851,10 @@ def my_parts(trials: list[Trial], kind: Callable | None) -> Iterator[list[Trial]
         yield trials
         return
     groups = defaultdict(list)
-    for index, trial in enumerate(trials):
-        groups[kind(trial) if kind else index % (8 * processes)].append(trial)
-    most = max(8, math.ceil(len(trials) / (8 * processes)))  # a stack of 8 gains nearly all
+    for trial in trials:
+        groups[kind(trial) if kind else None].append(trial)
+    most = math.ceil(len(trials) / (8 * processes))
+    most = max(8, most) if kind else most  # a stack of 8 gains nearly all
     parts = []
     for group in groups.values():
         count = math.ceil(len(group) / most)
@@ -937,10 +866,9 @@ def my_parts(trials: list[Trial], kind: Callable | None) -> Iterator[list[Trial]
         yield parts[turn - 1]
 
 
-def run(train_and_evaluate: Callable, trials: list[Trial], log: Log, kind: Callable | None) -> None:
-    """Train those of trials that are in the log of no process, and set the scores of all."""
-    log.share()
-    missing = log.fill_in(trials)
+def run(train_and_evaluate: Callable, missing: list[Trial], log: Log, kind: Callable | None):
+    """Train trials that are in the log of no process, and add them to this one's."""
+    rank, processes = launched()
     begun = time.monotonic()
     done = 0
     best = -math.inf
@@ -951,19 +879,17 @@ def run(train_and_evaluate: Callable, trials: list[Trial], log: Log, kind: Calla
             log.add(trial, score)
             done += 1
             best = max(best, score)
-            if launched()[0] == 0 and sys.stderr and sys.stderr.isatty():
-                left = (time.monotonic() - begun) / done * (len(missing) - done) / launched()[1]
+            if rank == 0 and sys.stderr and sys.stderr.isatty():
+                left = (time.monotonic() - begun) / done * (len(missing) - done) / processes
                 line = f"{done} of {len(missing)} trials, best score {best:.4g}, {left:.0f} s left"
                 print(f"{line:70}", end="\r", file=sys.stderr, flush=True)
-    log.share()
-    log.fill_in(trials)
 
 
 def one_at_a_time(trials: list[Trial], function: Callable) -> Iterator[tuple[Trial, float]]:
     """Score trials by a function of their hyperparams."""
     for trial in trials:
         begun = time.monotonic()
-        seed_all(trial, word=1)
+        seed_all(trial, OWN)
         with told([trial]):
             score = function(copy.deepcopy(trial.hyperparams))
         trial.seconds = time.monotonic() - begun
@@ -979,8 +905,7 @@ def ranked(trials: list[Trial]) -> list[Trial]:
 def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     """Print the five best of ranked trials; scores that are -loss as losses."""
     sign, name = (-1, "loss") if loss else (1, "score")
-    names = list(trials[0].hyperparams)
-    rows = [["trial", name, *names, f"{name} of repeats"]]
+    rows = [["trial", name, *trials[0].hyperparams, f"{name} of repeats"]]
     for trial in trials[:5]:
         cells = [trial.number, sign * trial.score, *trial.hyperparams.values()]
         rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
@@ -994,8 +919,8 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
     diverged = sum(math.isnan(trial.score) for trial in trials)
     if diverged:
-        lines += [f"{diverged} of {len(trials)} trials diverged"]
-        lines[-1] += ": standardise the rows, or lower lr" if diverged > len(trials) / 2 else ""
+        hint = ": standardise the rows, or lower lr" if diverged > len(trials) / 2 else ""
+        lines.append(f"{diverged} of {len(trials)} trials diverged{hint}")
     lines.append(str(trials[0].hyperparams))
     print("\n".join(lines), flush=True)
 
@@ -1032,17 +957,20 @@ def random_search(
         if repr(value) != repr(again[key]) and callable(space[key]):
             raise InputError(f"space: {key} has another value each time: draw from the generator")
     versions = [torch.__version__, np.__version__, str(torch.get_default_dtype())]
-    own_log = Log(log, name, [name, space, seed, versions, train_and_evaluate])
-    if launched()[0] == 0:
-        own_log.tell_of(trials, log)
+    own_log = Log(log, name, [space, seed, versions, train_and_evaluate])
+    finals = []
     with ONE_AT_A_TIME:
         try:
-            run(train_and_evaluate, trials, own_log, kind)
+            missing = own_log.fill_in(trials)
+            if launched()[0] == 0:
+                own_log.tell_of(trials, missing, log)
+            run(train_and_evaluate, missing, own_log, kind)
+            own_log.fill_in(trials)
             best = [trial for trial in ranked(trials)[:5] if not math.isnan(trial.score)]
-            finals = [
-                replace(own, repeat=1 + n, score=None) for own in best for n in range(repeats)
-            ]
-            run(train_and_evaluate, finals, own_log, kind)
+            for trial in best:
+                finals += [replace(trial, repeat=1 + n, score=None) for n in range(repeats)]
+            run(train_and_evaluate, own_log.fill_in(finals), own_log, kind)
+            own_log.fill_in(finals)
         except KeyboardInterrupt:
             own_log.fill_in(trials)
             if launched()[0] == 0 and ranked(trials):
@@ -1071,21 +999,29 @@ def search(
             raise InputError("x and y must be tensors")
         if x.ndim < 2 or len(x) != len(y) or x.shape[1:] != task.train_x.shape[1:]:
             raise InputError(f"x of shape {list(x.shape)} and y of {list(y.shape)} are not rows")
-    functions = [getattr(own, "__name__", repr(own)) for own in (task.build_model, task.update)]
-    parameters = parameters_of(task.build_model)[2:] + parameters_of(task.update)[3:]
-    names = {own.name for own in parameters}
-    if any(own.kind is own.VAR_KEYWORD for own in parameters):  # it takes all
-        names |= set(task.space)
-    needed = {own.name for own in parameters if own.default is own.empty}
-    needed -= {own.name for own in parameters if own.kind in (own.VAR_KEYWORD, own.VAR_POSITIONAL)}
-    for key in (set(task.space) - names - {"batch_size"}) | (needed - set(task.space)):
-        problem = "is an argument of neither" if key in task.space else "is missing for one of"
-        raise InputError(f"space: {key} {problem}: {functions[0]}, {functions[1]}")
-    train = functools.partial(train_and_evaluate, task=task, epochs=epochs)
-    kind = functools.partial(kind_of, task=task)
-    show = functools.partial(report, loss=task.score is None)
-    options = {"seed": seed, "repeats": repeats, "log": log, "name": name}
-    return random_search(train, task.space, trials, kind=kind, report=show, **options)
+    functions = {task.build_model: 2, task.update: 3}  # and where their hyperparameters begin
+    names = " and ".join(getattr(own, "__name__", repr(own)) for own in functions)
+    unknown = set(task.space) - {"batch_size"}
+    for function, first in functions.items():
+        own = arguments_of(function, first, task.space)
+        unknown -= set(own)
+        try:
+            inspect.signature(function).bind(*range(first), **own)
+        except TypeError as error:
+            raise InputError(f"space: {error}, for {names}") from None
+    if unknown:
+        raise InputError(f"space: {sorted(unknown)[0]} is no argument of {names}")
+    return random_search(
+        functools.partial(train_and_evaluate, task=task, epochs=epochs),
+        task.space,
+        trials,
+        seed=seed,
+        repeats=repeats,
+        log=log,
+        name=name,
+        kind=functools.partial(kind_of, task=task),
+        report=functools.partial(report, loss=task.score is None),
+    )
 
 
 # ==== 6. The command line ========================================================================
@@ -1098,12 +1034,13 @@ def kept_arguments(trial: Trial, task: Task) -> dict:
 
 def check_save(path: str, trials: range, task: Task, seed: int) -> None:
     """Raise InputError if the file cannot be written, or its model not be loaded."""
-    samples = [sample_hyperparams(task.space, seed, number) for number in trials]
+    samples = [Trial(n, seed, sample_hyperparams(task.space, seed, n)) for n in trials]
     buffer = io.BytesIO()
     try:
         open(path, "ab").close()
-        torch.save([kept_arguments(Trial(0, 0, own), task) for own in samples], buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        torch.save([kept_arguments(own, task) for own in samples], buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
     except Exception as error:
         raise InputError(f"--save {path}: {error}".partition("\n")[0]) from None
 
@@ -1128,7 +1065,7 @@ def numbers_of(text: str) -> range:
     return range(int(start or 0), int(stop))
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Random search over hyperparameters in PyTorch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -1142,14 +1079,18 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="of this machine")
     parser.add_argument("--log", help="database of finished trials, which do not run again")
     parser.add_argument("--save", help="file for the best model, see load_model")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
     if args.processes > 1 and not distributed.is_torchelastic_launched():
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
         os.execv(sys.executable, [sys.executable, "-m", *launcher, "--", *sys.argv])
     begun = time.monotonic()
-    rank, _ = launched()
+    rank, processes = launched()
     device = args.device
-    if device == "cuda" and distributed.is_initialized():
+    if device == "cuda" and processes > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     options = {"seed": args.seed, "repeats": args.repeats, "log": args.log, "name": args.task}
     try:
@@ -1161,18 +1102,17 @@ def main() -> int:
         if rank == 0:
             stacks = round(sum(1 / trial.stack for trial in trials if trial.stack))
             alone = sum(not trial.stack for trial in trials)
-            heading = (
-                f"{args.task}: {len(task.train_x)} rows, {len(trials)} trials in {stacks} stacks"
-            )
-            heading += f" and {alone} alone, {time.monotonic() - begun:.1f} s"
+            heading = f"{args.task}: {len(task.train_x)} rows, {len(trials)} trials"
+            heading += f" in {stacks} stacks and {alone} alone, {time.monotonic() - begun:.1f} s"
             report(trials, heading, loss=task.score is None)
         if args.save and rank == 0:
             save_model(args.save, trials[0], task, args.epochs)
-    except (InputError, sqlite3.Error) as error:
-        place = f"--log {args.log}: " if isinstance(error, sqlite3.Error) else ""
-        parser.exit(2, f"{parser.prog}: error: {place}{error}\n")
     except KeyboardInterrupt:
         return 130
+    except (InputError, sqlite3.Error) as error:
+        place = f"--log {args.log}: " if isinstance(error, sqlite3.Error) else ""
+        print(f"random_search.py: error: {place}{error}", file=sys.stderr)
+        return 2
     return 0
 
 
