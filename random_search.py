@@ -16,6 +16,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import copyreg
 import functools
 import hashlib
 import inspect
@@ -135,7 +136,7 @@ def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
     for name, values in space.items():
         if callable(values):
             value = values(generator)
-        elif isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
+        elif not isinstance(values, list | tuple | range | np.ndarray) or not len(values):
             raise InputError(f"space: {name} must be a list of values or a function")
         else:
             value = values[generator.integers(len(values))]
@@ -184,7 +185,7 @@ def dropout_by(draw: Callable[[int], Tensor]) -> Iterator[None]:
     def dropout(x, p=0.5, training=True, inplace=False):
         if not training:
             return x
-        mask = dropout_mask(draw(x.numel()).view(x.shape), p).to(x.dtype)
+        mask = dropout_mask(draw(x.numel()).view(x.shape), p)
         return x.mul_(mask) if inplace else x * mask
 
     before = F.dropout
@@ -320,11 +321,18 @@ class Stack:
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 parameter = self.trained[index].data
-                self.task.update(parameter, gradient, self.states[index], **self.arguments[index])
+                state, arguments = self.states[index], self.arguments[index]
+                changed = self.task.update(parameter, gradient, state, **arguments)
+                if changed is not None and changed is not parameter:
+                    raise InputError(
+                        "update must change the parameter in place, and return nothing"
+                    )
 
 
 def stack_tensors(named: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by name stacked, [trials, ...]; they themselves become views of that."""
+    if len(named) == 1:  # alone they stay where they are: others may share their memory
+        return {n: own.data[None].requires_grad_(own.requires_grad) for n, own in named[0].items()}
     stacked = {}
     for name, first in named[0].items():
         stacked[name] = torch.stack([tensors[name].data for tensors in named])
@@ -406,7 +414,7 @@ def gradients_by_layers(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> li
 def loss_gradient(stack: Stack, outputs: Tensor, y: Tensor) -> Tensor:
     """The gradient of each trial's loss by its outputs, [trials, rows, ...]."""
     loss = stack.task.loss
-    if loss is F.mse_loss and outputs.shape == y.shape:
+    if loss is F.mse_loss:
         return (outputs - y) * (2 / outputs[0].numel())
     if loss is F.cross_entropy and stack.classes and outputs.ndim == 3:
         return (outputs.softmax(2) - F.one_hot(y, outputs.shape[2])) / y.shape[1]
@@ -432,15 +440,14 @@ def outline(model: nn.Module) -> dict:
         held[name, "class"] = type(module)
         for key, own in itertools.chain(module._parameters.items(), module._buffers.items()):
             if own is not None:
-                hooks = len(own._backward_hooks or ()), own._post_accumulate_grad_hooks
+                hooks = own._backward_hooks or own._post_accumulate_grad_hooks
+                hooks = object() if hooks else None  # unlike any other: a stack calls none
                 place = first.setdefault(id(own), (name, key))
                 held[name, key] = own.shape, own.dtype, own.requires_grad, hooks, place
         for attribute, value in vars(module).items():
-            if isinstance(value, PLAIN):
-                held[name, attribute] = value
-            elif attribute not in ("_parameters", "_buffers", "_modules"):
-                is_empty = isinstance(value, dict) and not value
-                held[name, attribute] = None if is_empty else describe(value, seen={})
+            is_empty = isinstance(value, dict) and not value  # as hooks are, mostly
+            if attribute not in ("_parameters", "_buffers", "_modules") and not is_empty:
+                held[name, attribute] = value if isinstance(value, float) else describe(value, {})
     return held
 
 
@@ -448,14 +455,15 @@ def difference(one: dict, two: dict, floats: Iterable = ()) -> str:
     """Where two outlines differ but in floats, in words; '' if nowhere."""
     for name, attribute in one | two:
         key = name, attribute
-        if key not in floats and one.get(key) != two.get(key):
+        is_float = key in floats and isinstance(two.get(key), float)
+        if one.get(key) != two.get(key) and not is_float:
             module = one.get((name, "class"), type(None)).__name__
             return f"{attribute} of {module} is not the same in all trials"
     return ""
 
 
 def rehearsal_trials(trial: Trial, task: Task) -> list[Trial]:
-    """Four trials like this one, in turn with two values of each float from amidst those drawn.
+    """Four trials like this one, in turn with two values of each float: quartiles of those drawn.
 
     They follow from the space, not from the trials that are there: who is stacked must not.
     """
@@ -465,37 +473,48 @@ def rehearsal_trials(trial: Trial, task: Task) -> list[Trial]:
         if isinstance(value, float):
             drawn = {sample[name] for sample in samples if isinstance(sample[name], float)}
             drawn = sorted(drawn) or [value]
-            pair[0][name] = drawn[len(drawn) // 2]
-            pair[1][name] = drawn[len(drawn) // 2 - 1]
+            pair[0][name] = drawn[3 * len(drawn) // 4]
+            pair[1][name] = drawn[len(drawn) // 4]
     return [replace(trial, number=n, repeat=0, hyperparams=pair[n % 2]) for n in range(4)]
 
 
-def rehearse(stack: Stack) -> list[list[Tensor]]:
+def hidden_state(model: nn.Module) -> dict:
+    """All that may change beside weights: what the model holds, and global random numbers."""
+    _, words, position, *_ = np.random.get_state()
+    numbers = random.getstate(), words.tolist(), position, torch.get_rng_state().tolist()
+    return outline(model) | {("", "the state of random numbers"): numbers}
+
+
+def rehearse(trials: list[Trial], task: Task, kind: Kind) -> tuple[list[list[Tensor]], str]:
     """Take the first and the last step of an epoch, then three with gradients of other sizes.
 
-    Return the gradients, parameters and buffers that each trial has had.
+    Return the gradients, parameters and buffers that each trial has had, and what else has changed.
     """
-    task = stack.task
-    sizes = batch_sizes(stack.trials[0], task)
+    stack = Stack(trials, [make_model(own, task) for own in trials], task, kind)
+    before = hidden_state(stack.models[0])
+    start = [own.clone() for own in stack.trained]
+    sizes = batch_sizes(trials[0], task)
     sizes = sizes[0], sizes[-1]
-    seen = [[] for _ in stack.models]
+    seen = [[] for _ in trials]
     for size, noise in zip(sizes, stack.make_noise(sizes), strict=True):
         rows = torch.arange(size, device=task.train_x.device).expand(len(stack.orders), -1)
-        x, y = task.train_x[rows], task.train_y[rows]
         with dropout_by(take_from(noise[0])):  # alone too, where it would be torch's own
-            gradients = stack.kind.gradients(stack, x, y, noise)
+            gradients = kind.gradients(stack, task.train_x[rows], task.train_y[rows], noise)
         stack.step(gradients)
         for place, own in enumerate(seen):
             own += [torch.zeros(0) if g is None else g[place].clone() for g in gradients]
     for scale in (1e-4, 1e4, math.nan):  # an update may clip; others may diverge beside a trial
-        scales = [scale if trial.number % 2 else 1.0 for trial in stack.trials]
+        scales = [scale if trial.number % 2 else 1.0 for trial in trials]
         scales = torch.tensor(scales, device=task.train_x.device)
         shapes = [(-1, *[1] * (own.ndim - 1)) for own in stack.trained]
         pairs = zip(gradients, shapes, strict=True)
         stack.step([None if g is None else g * scales.view(shape) for g, shape in pairs])
+    if all(map(torch.equal, start, stack.trained)):
+        tell("update has changed no parameter in the steps that were tried")
     for model, own in zip(stack.models, seen, strict=True):
         own += [*model.parameters(), *model.buffers()]
-    return [[tensor.detach().nan_to_num() for tensor in own] for own in seen]
+    seen = [[tensor.detach().nan_to_num() for tensor in own] for own in seen]
+    return seen, difference(before, hidden_state(stack.models[0]))
 
 
 def agree(seen: list[Tensor], others: list[Tensor]) -> bool:
@@ -518,29 +537,17 @@ def dropout_draws(model: nn.Module, x: Tensor) -> int:
         return x.new_ones(count, dtype=torch.float32)
 
     with torch.no_grad(), dropout_by(draw):
-        model(x)
+        model(x.clone())  # which it may change
     return math.ceil(sum(drawn) / len(x))
 
 
-def rehearse_alone(trial: Trial, task: Task, draws: int) -> tuple[list[Tensor], str]:
-    """Rehearse in plain PyTorch; return also what of the model has changed but weights."""
-
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        broadcasts = outputs.ndim != y.ndim and 1 in (*outputs.shape[1:], *y.shape[1:])
-        if y.is_floating_point() and broadcasts:
-            shapes = f"{list(outputs.shape)}, y has {list(y.shape)}"
-            raise InputError(f"the model's outputs have shape {shapes}")
-        return task.loss(outputs, y)
-
-    model = make_model(trial, task)
-    before = outline(model)
-    kind = Kind(model, gradients_alone, draws)
-    stack = Stack([trial], [model], task._replace(loss=loss), kind)
-    start = [own.clone() for own in stack.trained]
-    (seen,) = rehearse(stack)
-    if all(map(torch.equal, start, stack.trained)):
-        raise InputError("update changed no parameter: it must change them in place")
-    return seen, difference(before, outline(model))
+def refuse_broadcast(loss: Callable, outputs: Tensor, y: Tensor) -> Tensor:
+    """The loss; InputError for outputs [rows, 1] and y [rows], or the other way round."""
+    is_float = isinstance(outputs, Tensor) and y.is_floating_point()
+    if is_float and outputs.ndim != y.ndim and 1 in (*outputs.shape[1:], *y.shape[1:]):
+        shapes = f"{list(outputs.shape)}, y has {list(y.shape)}"
+        raise InputError(f"the model's outputs have shape {shapes}: perhaps y[:, None]")
+    return loss(outputs, y)
 
 
 class Rounding(TorchDispatchMode):
@@ -567,16 +574,13 @@ class Rounding(TorchDispatchMode):
         result = operation(*args, **kwargs or {})
         shape = getattr(result, "shape", None)
         is_new = torch.Tag.pointwise in operation.tags and (operation, shape) not in self.differs
-        if is_new and result.is_floating_point() and result.numel() % 32:
+        is_float = isinstance(result, Tensor) and result.is_floating_point()
+        if is_new and is_float and result.numel() % 32:
             count = max(2, min(32, 2**14 // max(1, result.numel())))
             made = torch.randn(count, *shape, generator=self.generator, dtype=result.dtype)
             apart = torch.stack([on(own) for own in made])
             self.differs[operation, shape] = not torch.equal(apart, on(made))
         return result
-
-
-def rehearse_stacked(trials: list[Trial], task: Task, kind: Kind) -> list[list[Tensor]]:
-    return rehearse(Stack(trials, [make_model(own, task) for own in trials], task, kind))
 
 
 def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
@@ -588,13 +592,17 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     trials = rehearsal_trials(trial, task)
     try:
         models = [make_model(own, task) for own in trials[:2]]
+        trained = [{id(p) for p in own.parameters() if p.requires_grad} for own in models]
+        if trained[0] & trained[1]:
+            raise InputError("build_model gives two trials the same layer: use copy.deepcopy")
         one, two = map(outline, models)
         floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
         draws = dropout_draws(make_model(trial, task), task.train_x[: batch_sizes(trial, task)[0]])
-        expected, changes = zip(
-            *[rehearse_alone(own, task, draws) for own in trials[:2]], strict=True
-        )
-        problem = difference(one, two, floats) or changes[0]
+        checked = task._replace(loss=functools.partial(refuse_broadcast, task.loss))
+        alone = [
+            rehearse([own], checked, Kind(model, gradients_alone, draws)) for own in trials[:2]
+        ]
+        problem = difference(one, two, floats) or alone[0][1]
     except InputError:
         raise
     except Exception as error:  # of your code: the trial itself will show it
@@ -607,11 +615,13 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
     by_layers = [gradients_by_layers] if simple and type(model) is nn.Sequential else []
     for gradients in [*by_layers, gradients_by_vmap, gradients_without_onednn]:
-        # The structure of the other: what outline cannot see is wrong then, and found.
+        # The structure is one's: what outline has not seen is wrong for the other, and found.
         kind = Kind(models[1], gradients, draws, tuple(floats), one, most=most)
         try:
-            among = rehearse_stacked(trials, task, kind)
-            if not all(map(agree, among, expected)):
+            together, _ = rehearse(trials, task, kind)
+            if not all(
+                agree(own, plain) for own, ((plain,), _) in zip(together, alone, strict=False)
+            ):
                 problem = "in a stack it does not train as alone"
                 continue
             if not task.train_x.is_cpu:  # elsewhere last bits are not promised
@@ -619,17 +629,18 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
             # Without the loss, which sees one trial at a time.
             without_loss = task._replace(loss=lambda outputs, y: outputs.sum())
             with Rounding() as rounding:
-                rehearse_stacked(trials[:1], without_loss, kind)
+                rehearse(trials[:1], without_loss, kind)
             for least in (1, 2) if not any(rounding.differs.values()) else ():
                 kind = kind._replace(least=least)
-                apart = [rehearse_stacked([own], task, kind)[0] for own in trials]
-                if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, among)))):
+                apart = [rehearse([own], task, kind)[0][0] for own in trials]
+                if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, together)))):
                     return kind, ""
             problem = "its last bits depend on the stack"
         except Exception as error:  # of your code, which raised nothing alone
             frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
             modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
-            problem = f"{type([model, *modules][-1]).__name__}: {error}".partition("\n")[0]
+            place = type(modules[-1]) if modules else task.update
+            problem = f"{name_of(place)}: {error}".partition("\n")[0]
     return Kind(model, gradients_alone), problem
 
 
@@ -643,7 +654,6 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
         count = math.ceil(len(group) / kind.most)
         for start in range(count):
             members = []
-            models = []
             for trial in group[start::count]:
                 model = make_model(trial, task)
                 reason = problem or difference(kind.outline, outline(model), kind.floats)
@@ -651,12 +661,9 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
                     tell(f"{type(model).__name__} trains one trial at a time: {reason}")
                     yield Stack([trial], [model], task, Kind(model, gradients_alone))
                 else:
-                    members.append(trial)
-                    models.append(model)
+                    members.append((trial, model))
             if members:
-                with told(members):
-                    stack = Stack(members, models, task, kind)
-                yield stack
+                yield Stack(*map(list, zip(*members, strict=True)), task, kind)
 
 
 def kind_of(trial: Trial, task: Task) -> str:
@@ -684,15 +691,21 @@ def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial,
             yield trial, model
 
 
+def evaluate(trial: Trial, model: nn.Module, task: Task) -> float | Tensor:
+    """The score of a trained model, on the rows that did not train it."""
+    model.eval()
+    seed_all(trial, OWN)
+    with told([trial]), torch.no_grad():
+        outputs = model(task.valid_x.clone())  # which it may change
+        if task.score:
+            return task.score(outputs, task.valid_y)
+        return -task.loss(outputs, task.valid_y)
+
+
 def train_and_evaluate(trials: list[Trial], task: Task, epochs: int) -> Iterator:
     """Train trials stack by stack; yield each with its score."""
     for trial, model in train(trials, task, epochs):
-        model.eval()
-        seed_all(trial, OWN)
-        with told([trial]), torch.no_grad():
-            outputs = model(task.valid_x)
-            score = task.score or (lambda outputs, y: -task.loss(outputs, y))
-            yield trial, score(outputs, task.valid_y)
+        yield trial, evaluate(trial, model, task)
 
 
 # ==== 5. The search and its log ==================================================================
@@ -740,22 +753,23 @@ def describe(value: object, seen: dict) -> object:
         return repr(value)
     parts = functools.partial(describe, seen=seen)
     if isinstance(value, Tensor):
-        content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
     if type(value) in (list, tuple):
         return [parts(own) for own in value]
     if type(value) is dict:
         return [[parts(name), parts(own)] for name, own in value.items()]
     if isinstance(value, set | frozenset):
-        return sorted(repr(parts(own)) for own in value)
+        return sorted(repr(describe(own, dict(seen))) for own in value)  # in no order
     if isinstance(value, types.ModuleType):
         return value.__name__
     if isinstance(value, types.CodeType):
-        return [value.co_code.hex(), value.co_names, parts(value.co_consts)]
+        return [value.co_code.hex(), value.co_names, value.co_varnames, parts(value.co_consts)]
     if isinstance(value, types.MethodType):
         return [parts(value.__func__), parts(value.__self__)]
     if hasattr(value, "__wrapped__") and is_library(value):  # by torch.no_grad, functools.cache
-        return parts(value.__wrapped__)
+        cells = getattr(value, "__closure__", None) or ()
+        return parts([value.__wrapped__, [cell.cell_contents for cell in cells]])
     is_code = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
     if is_code and is_library(value):
         bound = getattr(value, "__self__", None)
@@ -770,9 +784,11 @@ def describe(value: object, seen: dict) -> object:
         held = {n: own for n, own in vars(value).items() if callable(own) or not n.startswith("__")}
         return parts([value.__bases__, held])
     try:
-        return parts(value.__reduce_ex__(2))
-    except TypeError:  # a property, a staticmethod, a lock
-        return parts([getattr(value, name, None) for name in ("__func__", "fget", "fset")])
+        reduce = copyreg.dispatch_table.get(type(value))
+        reduced = reduce(value) if reduce else value.__reduce_ex__(2)
+    except Exception:  # a property, a staticmethod, a lock
+        reduced = [getattr(value, name, None) for name in ("__func__", "fget", "fset")]
+    return parts(reduced)
 
 
 def launched() -> tuple[int, int]:
@@ -783,6 +799,10 @@ def launched() -> tuple[int, int]:
         distributed.init_process_group("gloo", timeout=timedelta(days=30))
         atexit.register(distributed.destroy_process_group)  # else its threads may abort the exit
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def name_of(value: object) -> str:
+    return getattr(value, "__name__", None) or str(value)
 
 
 class Log:
@@ -812,7 +832,7 @@ class Log:
     def add(self, trial: Trial, score: float) -> None:
         row = [self.search, self.name, trial.seed, trial.number, trial.repeat]
         row += [score if math.isfinite(score) else None]
-        row += [json.dumps(trial.hyperparams, default=repr), trial.seconds, trial.stack]
+        row += [json.dumps(trial.hyperparams, default=name_of), trial.seconds, trial.stack]
         self.insert([row])
 
     def fill_in(self, trials: list[Trial]) -> list[Trial]:
@@ -820,8 +840,13 @@ class Log:
         _, processes = launched()
         if processes > 1:  # each may have a log of its own
             everyones = [None] * processes
-            distributed.all_gather_object(everyones, self.rows())
-            self.insert(itertools.chain.from_iterable(everyones))
+            distributed.all_gather_object(everyones, (self.search, self.rows()))
+            searches, rows = zip(*everyones, strict=True)
+            if len(set(searches)) > 1:
+                raise InputError(
+                    "the processes differ in settings, rows or code: nothing is shared"
+                )
+            self.insert(itertools.chain.from_iterable(rows))
         known = {(row[3], row[4]): row for row in self.rows()}
         for trial in trials:
             if row := known.get((trial.number, trial.repeat)):
@@ -836,11 +861,25 @@ class Log:
         there = len(trials) - len(missing)
         if there or others:
             line = f"{path}: {there} of {len(trials)} trials of this search are there"
-            line += f"; it holds {others} others" if others else ""
+            line += f"; it holds {others} other searches" if others else ""
             print(line, file=sys.stderr)
 
 
 ONE_AT_A_TIME = threading.RLock()  # random numbers and F.dropout are the whole process's
+
+
+@contextlib.contextmanager
+def random_numbers_of_trials() -> Iterator[None]:
+    """Seed as trials need it within; after it your own random numbers go on as before."""
+    with ONE_AT_A_TIME, torch.random.fork_rng():
+        own = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(own[0])
+            np.random.set_state(own[1])
+
+
 RUNS = itertools.count()
 
 
@@ -908,7 +947,7 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     rows = [["trial", name, *trials[0].hyperparams, f"{name} of repeats"]]
     for trial in trials[:5]:
         cells = [trial.number, sign * trial.score, *trial.hyperparams.values()]
-        rows.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
+        rows.append([f"{cell:.4g}" if isinstance(cell, float) else name_of(cell) for cell in cells])
         repeats = sign * np.array(trial.repeats)
         spread = f" +- {repeats.std(ddof=1):.2g}" if len(repeats) > 1 else ""
         rows[-1].append(f"{repeats.mean():.4g}{spread}" if len(repeats) else "")
@@ -919,7 +958,11 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
     diverged = sum(math.isnan(trial.score) for trial in trials)
     if diverged:
-        hint = ": standardise the rows, or lower lr" if diverged > len(trials) / 2 else ""
+        hint = (
+            ": standardise the rows, look for NaN in them, lower lr"
+            if diverged > len(trials) / 2
+            else ""
+        )
         lines.append(f"{diverged} of {len(trials)} trials diverged{hint}")
     lines.append(str(trials[0].hyperparams))
     print("\n".join(lines), flush=True)
@@ -959,7 +1002,7 @@ def random_search(
     versions = [torch.__version__, np.__version__, str(torch.get_default_dtype())]
     own_log = Log(log, name, [space, seed, versions, train_and_evaluate])
     finals = []
-    with ONE_AT_A_TIME:
+    with random_numbers_of_trials():
         try:
             missing = own_log.fill_in(trials)
             if launched()[0] == 0:
@@ -997,20 +1040,18 @@ def search(
     for x, y in (task[:2], task[2:4]):
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise InputError("x and y must be tensors")
-        if x.ndim < 2 or len(x) != len(y) or x.shape[1:] != task.train_x.shape[1:]:
+        if x.ndim < 2 or not len(x) or len(x) != len(y) or x.shape[1:] != task.train_x.shape[1:]:
             raise InputError(f"x of shape {list(x.shape)} and y of {list(y.shape)} are not rows")
-    functions = {task.build_model: 2, task.update: 3}  # and where their hyperparameters begin
-    names = " and ".join(getattr(own, "__name__", repr(own)) for own in functions)
-    unknown = set(task.space) - {"batch_size"}
-    for function, first in functions.items():
-        own = arguments_of(function, first, task.space)
-        unknown -= set(own)
+    functions = (task.build_model, 2), (task.update, 3)  # and where their hyperparameters begin
+    names = " and ".join(name_of(function) for function, _ in functions)
+    arguments = [arguments_of(*own, task.space) for own in functions]
+    if unknown := set(task.space).difference({"batch_size"}, *arguments):
+        raise InputError(f"space: {min(unknown)} is no argument of {names}")
+    for (function, first), own in zip(functions, arguments, strict=True):
         try:
             inspect.signature(function).bind(*range(first), **own)
         except TypeError as error:
             raise InputError(f"space: {error}, for {names}") from None
-    if unknown:
-        raise InputError(f"space: {sorted(unknown)[0]} is no argument of {names}")
     return random_search(
         functools.partial(train_and_evaluate, task=task, epochs=epochs),
         task.space,
@@ -1032,22 +1073,35 @@ def kept_arguments(trial: Trial, task: Task) -> dict:
     return {"sizes": [task.train_x.shape[1], task.outputs], "hyperparams": own}
 
 
-def check_save(path: str, trials: range, task: Task, seed: int) -> None:
-    """Raise InputError if the file cannot be written, or its model not be loaded."""
-    samples = [Trial(n, seed, sample_hyperparams(task.space, seed, n)) for n in trials]
+def check_save(path: str, trials: list[Trial], task: Task) -> None:
+    """Raise InputError if a model could not be loaded, or the file not be written."""
     buffer = io.BytesIO()
     try:
-        open(path, "ab").close()
-        torch.save([kept_arguments(own, task) for own in samples], buffer)
+        torch.save([kept_arguments(own, task) for own in trials], buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise InputError(f"--save {path}: {error}".partition("\n")[0]) from None
+    except Exception:
+        raise InputError(
+            f"--save {path}: a value of the space is neither number nor text"
+        ) from None
+    try:
+        open(path, "ab").close()
+        if not os.path.getsize(path):
+            os.remove(path)
+    except OSError as error:
+        raise InputError(f"--save {path}: {error}") from None
 
 
 def save_model(path: str, trial: Trial, task: Task, epochs: int) -> None:
-    """Train a trial once more, and keep its model."""
-    ((_, model),) = train([trial], task, epochs)
+    """Train a trial once more, for the epochs of the search, and keep its model."""
+    check_save(path, [trial], task)
+    with random_numbers_of_trials():
+        ((_, model),) = train([replace(trial)], task, epochs)
+        score = float(evaluate(trial, model, task))
+    if trial.score is not None and not math.isclose(score, trial.score, rel_tol=1e-3):
+        raise InputError(
+            f"a score of {score}, not {trial.score}: with other epochs or another task?"
+        )
     torch.save(kept_arguments(trial, task) | {"state_dict": model.state_dict()}, path)
 
 
@@ -1097,7 +1151,8 @@ def main() -> int:
         task = TASKS[args.task]()
         task = Task(*(own.to(device) if isinstance(own, Tensor) else own for own in task))
         if args.save and rank == 0:
-            check_save(args.save, args.trials, task, args.seed)
+            samples = [sample_hyperparams(task.space, args.seed, n) for n in args.trials]
+            check_save(args.save, [Trial(0, 0, own) for own in samples], task)
         trials = search(task, args.trials, args.epochs, **options)
         if rank == 0:
             stacks = round(sum(1 / trial.stack for trial in trials if trial.stack))
@@ -1111,7 +1166,7 @@ def main() -> int:
         return 130
     except (InputError, sqlite3.Error) as error:
         place = f"--log {args.log}: " if isinstance(error, sqlite3.Error) else ""
-        print(f"random_search.py: error: {place}{error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {place}{error}", file=sys.stderr)
         return 2
     return 0
 

@@ -131,7 +131,7 @@ def tied(least):
 
 def layer_or_not(least):
     def build_model(i, o, p):
-        layer = nn.Dropout(p) if p > least else nn.Identity()
+        layer = nn.Tanh() if p > least else nn.Softsign()
         return nn.Sequential(nn.Linear(i, 16), nn.ReLU(), layer, nn.Linear(16, o))
 
     return build_model
@@ -184,6 +184,23 @@ def buffer_anew(own, x):
     return own.last(F.dropout(x - own.mean, own.p, own.training))
 
 
+def dropout_in_place(own, x):
+    x = x + 1
+    F.dropout(x, own.p, own.training, inplace=True)
+    return x
+
+
+def memory_shared(i, o, p):
+    layers = nn.Linear(i, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+    layers[2].weight.data = layers[1].weight.data
+    return nn.Sequential(*layers, nn.Linear(16, o))
+
+
+def hooks_that_clip(own):
+    for parameter in own.parameters():
+        parameter.register_hook(lambda gradient: gradient.clamp(-1e6, 1e6))
+
+
 def adam(parameter, gradient, state, lr):
     step = state["step"] = state.get("step", 0) + 1
     mean = state.setdefault("mean", torch.zeros_like(parameter))
@@ -228,6 +245,10 @@ def end(own, x):
 
 def attend(own, x, **options):
     return own.last(own.mix(x, x, x, **options)[0].mean(1))
+
+
+def times_q(own, x):
+    return own.last(x * (own.q or 1))
 
 
 def first_of_plain(own, x):
@@ -276,8 +297,9 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "sigmoid": ("alone", of(nn.Sigmoid)),
     "softplus": ("alone", of(nn.Softplus)),
     "float64": ("by_vmap", lambda i, o, p: of(nn.Tanh)(i, o, p).double(), FLAT.double()),
-    "F.dropout": ("by_vmap", net(lambda own, x: F.dropout(x, own.p, own.training))),
-    "in place": ("by_vmap", net(lambda own, x: F.dropout(x + 1, own.p, own.training, True))),
+    "F.dropout": ("by_vmap", net(lambda own, x: F.dropout(F.dropout(x, own.p), 0.9, False))),
+    "dropout in place": ("by_vmap", net(dropout_in_place)),
+    "rows in place": ("by_vmap", made(lambda own, x: own.last(x.sub_(0.5)), last=linear)),
     "of weights": (None, made(of_weights, mix=alike(nn.Linear, 6, 8))),
     "scaled by a float": ("by_vmap", net(lambda own, x: x * own.p)),
     "convolution": (None, by_parts(*CONV, last(288)), IMAGES),
@@ -307,6 +329,10 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "tied": ("by_vmap", tied(0)),
     "tied by a float": (None, tied(0.3)),
     "gradient hook": ("alone", changed(lambda own: own[0].weight.register_hook(lambda g: g / 2))),
+    "hooks that clip": ("alone", changed(hooks_that_clip)),
+    "memory shared": ("alone", memory_shared),
+    "float or None": (None, made(times_q, last=linear, q=lambda i, o, p: p if p > 0.3 else None)),
+    "stochastic depth": ("alone", net(lambda own, x: x if random.random() < 0.05 else 2 * x)),
     "forward hook": ("alone", changed(lambda own: own[0].register_forward_hook(lambda *a: -a[2]))),
     "counter": ("alone", net(counting)),
     "checkpoint": ("alone", net(lambda _, x: checkpoint(torch.tanh, x, use_reentrant=False))),
@@ -316,7 +342,7 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "slots": ("alone", Slots),
     "buffer anew": ("by_vmap", made(buffer_anew, mean=zeros, last=linear)),
     "layer or not": ("alone", layer_or_not(0), FLAT, {"space": SPACE | {"p": [0.0, 0.5]}}),
-    "layer by threshold": (None, layer_or_not(0.2)),
+    "layer by threshold": (None, layer_or_not(0.3)),
     "class made within": ("alone", class_made_within),
     "rand_like": ("alone", net(lambda own, x: x + 0.1 * torch.rand_like(x))),
     "random.random": ("alone", net(lambda own, x: x * (1 + random.random()))),
@@ -357,7 +383,7 @@ def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
     model.eval()
     rs.seed_all(trial, rs.OWN)
     with torch.no_grad():
-        return -task.loss(model(task.valid_x), task.valid_y).item()
+        return -task.loss(model(task.valid_x.clone()), task.valid_y).item()
 
 
 @pytest.fixture
@@ -376,12 +402,14 @@ def stacks(monkeypatch):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_trial_is_as_in_plain_pytorch_and_the_same_in_any_company(name, stacks):
+def test_a_trial_is_as_in_plain_pytorch_and_the_same_in_any_company(name, stacks, capsys):
     expected, task = KINDS[name][0], task_of(name)
     trials = sample_trials(task, range(4))
     together = scores(task, trials)
     ways = {number: way for numbers, way in stacks[-4:] for number in numbers}
-    assert expected is None or set(ways.values()) == set(expected.split())
+    assert expected is None or set(ways.values()) == {expected}
+    told = "trains one trial at a time: " in capsys.readouterr().err
+    assert told == ("alone" in ways.values())
     for trial in trials:
         plain = plain_score(task, trial, own_dropout=ways[trial.number] == "alone")
         assert float.fromhex(together[trial.number]) == pytest.approx(plain, abs=1e-4, rel=1e-4)
@@ -498,6 +526,10 @@ def operated(parameter, gradient, state, lr, operation):
     parameter -= lr * operation(gradient)
 
 
+def by_pattern(parameter, gradient, state, lr, pattern):
+    parameter -= lr * len(pattern.pattern) * gradient
+
+
 def chosen(parameter, gradient, state, lr, optimizer, nesterov):
     assert isinstance(optimizer, str) and isinstance(nesterov, bool)
     parameter -= lr * (gradient.sign() if optimizer == "sign" and not nesterov else gradient)
@@ -506,6 +538,7 @@ def chosen(parameter, gradient, state, lr, optimizer, nesterov):
 VALUES_OF_UPDATE = [
     (by_batch_size, {"batch_size": [64, 128, 256]}),
     (operated, {"operation": [Operation(1), Operation(5)]}),
+    (by_pattern, {"pattern": [re.compile("a"), re.compile("aaaaa")]}),
     (chosen, {"optimizer": ["sgd", "sign"], "nesterov": [True, False]}),
 ]
 
@@ -581,7 +614,11 @@ def test_a_function_draws_the_same_random_numbers_each_time():
     def draw(hyperparams):
         return random.random() + np.random.random() + torch.rand(1).item()
 
+    rs.seed_all(rs.Trial(1, 1, {}), rs.OWN)
+    before = draw({})
+    rs.seed_all(rs.Trial(1, 1, {}), rs.OWN)
     first, again = (rs.random_search(draw, UNIFORM, 5, repeats=2) for _ in range(2))
+    assert draw({}) == before  # those of one's own go on
     assert [(own.score, own.repeats) for own in first] == [
         (own.score, own.repeats) for own in again
     ]
@@ -623,11 +660,13 @@ def unchanging(parameter, gradient, state, lr):
     return parameter - lr * gradient
 
 
+SHARED = nn.Linear(6, 3)
 BAD = {
+    "a layer of all trials": ({"build_model": lambda inputs, outputs, p: SHARED}, "same layer"),
     "an unknown key": ({"space": SPACE | {"size": [3]}}, "size.*mlp.*update"),
     "a missing key": ({"space": {"lr": [0.1]}}, "'p', for mlp and update"),
     "a broadcast": (ONE | {"y": FLOATS[:, 0]}, r"\[16, 1\].*\[16\]"),
-    "an update that returns": ({"update": unchanging}, "update.*in place"),
+    "an update that returns": ({"update": unchanging}, "update must change the parameter in place"),
     "a batch size of 0": ({"space": SPACE | {"batch_size": [0]}}, "batch_size is 0"),
     "a batch size of floats": ({"space": SPACE | {"batch_size": [8.0]}}, "batch_size is 8.0"),
     "an empty list": ({"space": SPACE | {"p": []}}, "p must be a list"),
@@ -691,14 +730,21 @@ def test_what_has_finished_before_an_error_is_in_the_log(tmp_path):
     assert read(log, "SELECT count(*) FROM trials") == [(5,)]
 
 
-def test_a_model_may_change_the_lists_it_is_given():
+def test_models_and_functions_may_change_the_lists_they_are_given():
     def build_model(inputs, outputs, p, sizes):
         sizes.append(outputs)
         return nn.Sequential(nn.Linear(inputs, sizes[0]), nn.Linear(sizes[0], sizes[-1]))
 
     space = SPACE | {"sizes": [[8], [4]]}
     rs.search(make_task(build_model, space=space), 4, 1)
+    rs.random_search(lambda hyperparams: hyperparams["sizes"].append(1) or 1.0, space, 4)
     assert space["sizes"] == [[8], [4]]
+
+
+def test_a_last_batch_of_one_row_joins_the_one_before():
+    trial = rs.Trial(0, 0, {"batch_size": 11})
+    assert rs.batch_sizes(trial, make_task()) == [11, 11, 11, 12]
+    assert rs.batch_sizes(rs.replace(trial, hyperparams={"batch_size": 1}), make_task()) == [1] * 45
 
 
 # ---- The log ------------------------------------------------------------------------------------
@@ -717,15 +763,16 @@ def test_a_search_resumes_and_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == f"{log}: 5 of 8 trials of this search are there\n"
     assert [own.score for own in trials] == [own.score for own in rs.search(task, 8, 2)]
     rs.search(task, 5, 3, log=log)
-    line = f"{log}: 0 of 5 trials of this search are there; it holds 1 others\n"
+    line = f"{log}: 0 of 5 trials of this search are there; it holds 1 other searches\n"
     assert capsys.readouterr().err == line
 
 
+THIS = sys.modules[__name__]
 FACTOR = 1
 
 
 def helper(x):
-    return x * FACTOR
+    return x * THIS.FACTOR
 
 
 class Layer(nn.Linear):
@@ -752,6 +799,7 @@ LOSS = "def loss(outputs, y): return F.cross_entropy(outputs, y) * "
 TWO_LINES = "def loss(outputs, y):\n    a = {}\n    return outputs.sum() * a"
 HELPERS = "def c(): return {}\ndef b(): return c()\n" + LOSS + "b()"
 CACHED = "@functools.cache\ndef b(): return {}\n" + LOSS + "b()"
+ORDERS = ["", "def loss(a, b): return a * 2 + b", "def loss(b, a): return a * 2 + b"]
 CALLED = "class L:\n    def __call__(self, outputs, y): return outputs.sum() * {}"
 WAYS_TO_DIFFER = {
     "arguments of a module": lambda own: nn.CrossEntropyLoss(torch.ones(3) * own),
@@ -762,6 +810,11 @@ WAYS_TO_DIFFER = {
     "its global": lambda own: notebook(LOSS + "own", own=own),
     "behind a decorator": lambda own: notebook("@torch.enable_grad()\n" + LOSS + str(own)),
     "a cached helper": lambda own: notebook(CACHED.format(own)),
+    "arguments of a decorator": lambda own: torch.autocast("cpu", enabled=own == 1)(F.mse_loss),
+    "order of arguments": lambda own: notebook(ORDERS[own]),
+    "a column": lambda own: FLAT[:, own : own + 1],
+    "a default": lambda own: notebook(f"def loss(a, b, c={own}): return a * b * c"),
+    "an operator": lambda own: notebook(f"def loss(a, b): return a {'_*+'[own]} b"),
     "the second line": lambda own: notebook(TWO_LINES.format(own)),
     "a helper's own helper": lambda own: notebook(HELPERS.format(own)),
     "a class": lambda own: notebook(CALLED.format(own), "L")(),
@@ -786,7 +839,7 @@ def test_a_search_is_known_by_its_layers_space_rows_and_settings(tmp_path, monke
         return read(log, "SELECT count(DISTINCT search) FROM trials")[0][0]
 
     assert [searches(), searches()] == [1, 1]
-    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2)  # a layer's base's helper's global
+    monkeypatch.setattr(THIS, "FACTOR", 2)  # a layer's base's helper's global
     assert searches() == 2
     monkeypatch.setattr(Layer, "forward", lambda self, x: F.linear(x, self.weight))
     assert searches() == 3
@@ -800,10 +853,11 @@ def test_a_search_is_known_by_its_layers_space_rows_and_settings(tmp_path, monke
 
 def test_a_key_is_the_same_in_every_process_and_for_other_comments():
     code = """
-import random_search as rs, torch, functools
+import random_search as rs, torch, functools, enum
 NAMES = {{"relu", "tanh", "elu", "gelu"}}
+COLOURS = set(enum.Enum("Colour", "RED BLUE GREEN"))
 def loss(outputs, y):{comment}
-    return len(NAMES & {{"relu", "b", "c"}}) * outputs.sum()
+    return len(NAMES & {{"relu", "b", "c"}}) * len(COLOURS) * outputs.sum()
 print(rs.describe([loss, torch.relu, {{"act": [torch.relu, torch.tanh]}}, rs.train], {{}}))
 """
     outputs = set()
@@ -820,9 +874,12 @@ def test_functions_in_a_space_resume(tmp_path):
         return float(hyperparams["act"](torch.ones(1)))
 
     score.calls = 0
+    log = str(tmp_path / "log.db")
     for _ in range(2):
-        rs.random_search(score, {"act": [torch.relu, torch.tanh]}, 6, log=str(tmp_path / "log.db"))
+        rs.random_search(score, {"act": [torch.relu, torch.tanh]}, 6, log=log)
     assert score.calls == 6
+    names = read(log, "SELECT DISTINCT json_extract(hyperparams, '$.act') FROM trials ORDER BY 1")
+    assert names == [("relu",), ("tanh",)]
 
 
 def test_the_log_is_a_table_that_others_read(tmp_path):
@@ -899,14 +956,9 @@ def test_processes_and_machines_share_the_trials_and_every_log_ends_whole(tmp_pa
 
 
 def test_parts_are_of_one_kind_and_of_equal_size(monkeypatch):
-    class Store:
-        counts = functools.cached_property(lambda self: itertools.count(1))
-
-        def add(self, key, amount):
-            return next(self.counts)
-
     monkeypatch.setattr(rs, "launched", lambda: (0, 2))
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Store)
+    store = functools.cache(torch.distributed.HashStore)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", store)
     trials = [rs.Trial(n, 0, {"size": n % 3, "lr": n / 7}) for n in range(100)]
     parts = list(rs.my_parts(trials, lambda trial: trial.hyperparams["size"]))
     assert sorted(trial.number for part in parts for trial in part) == list(range(100))
@@ -915,20 +967,26 @@ def test_parts_are_of_one_kind_and_of_equal_size(monkeypatch):
     assert len(list(rs.my_parts(trials, None))) == 15
 
 
-def test_a_rank_that_fails_ends_the_run_and_shows_its_error(tmp_path):
+ENDS = {
+    "0": "OSError: of the reader's own\nin trial ",
+    "int(os.environ['RANK'])": "processes differ",
+}
+
+
+@pytest.mark.parametrize("seed, message", ENDS.items())
+def test_a_rank_that_fails_ends_the_run_and_shows_its_error(seed, message, tmp_path):
     script = tmp_path / "fails.py"
-    script.write_text("""
-import random_search as rs
+    script.write_text(f"""
+import os, random_search as rs
 def score(hyperparams):
     if hyperparams["n"] == 3:
         raise OSError("of the reader's own")
     return 1.0
-rs.random_search(score, {"n": [1, 2, 3]}, 40)
+rs.random_search(score, {{"n": [1, 2, 3]}}, 40, seed={seed})
 """)
     line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     result = command(*line, env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert result.returncode != 0
-    assert "OSError: of the reader's own" in result.stderr and "in trial " in result.stderr
+    assert result.returncode != 0 and message in re.sub(r"\[rank\d\]:\s*", "", result.stderr)
 
 
 def test_a_range_of_trials_and_the_heading_of_a_report(tmp_path, call):
@@ -951,6 +1009,8 @@ def test_a_saved_model_is_the_one_that_was_scored(name, tmp_path):
     model = rs.load_model(path, task.build_model)
     assert not model.training
     assert -task.loss(model(task.valid_x), task.valid_y).item() == trial.score
+    with pytest.raises(rs.InputError, match="epochs"):
+        rs.save_model(path, trial, task, 3)
 
 
 def test_a_file_that_cannot_be_is_one_line_before_training(tmp_path, call):
@@ -960,7 +1020,7 @@ def test_a_file_that_cannot_be_is_one_line_before_training(tmp_path, call):
     space = {"lr": [0.1], "act": [nn.ReLU, nn.Tanh]}
     task = make_task(lambda inputs, outputs, act: act, space=space)
     with pytest.raises(rs.InputError, match="model.pt"):
-        rs.check_save(str(tmp_path / "model.pt"), range(5), task, 0)
+        rs.save_model(str(tmp_path / "model.pt"), sample_trials(task, [0])[0], task, 1)
     other = tmp_path / "other.db"
     other.write_text("no database at all, but some text of more than a few words")
     line = f"random_search.py: error: --log {other}: file is not a database\n"
