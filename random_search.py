@@ -583,6 +583,27 @@ class Rounding(TorchDispatchMode):
         return result
 
 
+def try_stack(trials: list[Trial], task: Task, kind: Kind, alone: list) -> tuple[Kind, str]:
+    """The kind, with the least stack that it needs, and why it trains otherwise than alone, or ''.
+
+    alone is what rehearse returns of the first two trials in plain PyTorch.
+    """
+    together, _ = rehearse(trials, task, kind)
+    if not all(agree(own, plain) for own, ((plain,), _) in zip(together, alone, strict=False)):
+        return kind, "in a stack it does not train as alone"
+    if not task.train_x.is_cpu:  # elsewhere last bits are not promised
+        return kind, ""
+    without_loss = task._replace(loss=lambda outputs, y: outputs.sum())  # a loss sees one trial
+    with Rounding() as rounding:
+        rehearse(trials[:1], without_loss, kind)
+    for least in (1, 2) if not any(rounding.differs.values()) else ():
+        kind = kind._replace(least=least)
+        apart = [rehearse([own], task, kind)[0][0] for own in trials]
+        if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, together)))):
+            return kind, ""
+    return kind, "its last bits depend on the stack"
+
+
 def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     """How trials like this one train: in a stack if steps of four are there as they are alone.
 
@@ -599,9 +620,13 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
         floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
         draws = dropout_draws(make_model(trial, task), task.train_x[: batch_sizes(trial, task)[0]])
         checked = task._replace(loss=functools.partial(refuse_broadcast, task.loss))
-        alone = [
-            rehearse([own], checked, Kind(model, gradients_alone, draws)) for own in trials[:2]
-        ]
+        plain = Kind(model, gradients_alone, draws)
+        before = repr(describe([task.loss, task.update], seen={}))
+        alone = [rehearse([own], checked, plain) for own in trials[:2]]
+        if repr(describe([task.loss, task.update], seen={})) != before:
+            tell(
+                "loss or update keeps something that the next trial sees: the order matters"
+            )
         problem = difference(one, two, floats) or alone[0][1]
     except InputError:
         raise
@@ -618,29 +643,14 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
         # The structure is one's: what outline has not seen is wrong for the other, and found.
         kind = Kind(models[1], gradients, draws, tuple(floats), one, most=most)
         try:
-            together, _ = rehearse(trials, task, kind)
-            if not all(
-                agree(own, plain) for own, ((plain,), _) in zip(together, alone, strict=False)
-            ):
-                problem = "in a stack it does not train as alone"
-                continue
-            if not task.train_x.is_cpu:  # elsewhere last bits are not promised
-                return kind, ""
-            # Without the loss, which sees one trial at a time.
-            without_loss = task._replace(loss=lambda outputs, y: outputs.sum())
-            with Rounding() as rounding:
-                rehearse(trials[:1], without_loss, kind)
-            for least in (1, 2) if not any(rounding.differs.values()) else ():
-                kind = kind._replace(least=least)
-                apart = [rehearse([own], task, kind)[0][0] for own in trials]
-                if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, together)))):
-                    return kind, ""
-            problem = "its last bits depend on the stack"
+            kind, problem = try_stack(trials, task, kind, alone)
         except Exception as error:  # of your code, which raised nothing alone
             frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
             modules = [f["self"] for f in frames if isinstance(f.get("self"), nn.Module)]
             place = type(modules[-1]) if modules else task.update
             problem = f"{name_of(place)}: {error}".partition("\n")[0]
+        if not problem:
+            return kind, ""
     return Kind(model, gradients_alone), problem
 
 
@@ -968,6 +978,18 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     print("\n".join(lines), flush=True)
 
 
+def sample_trials(space: dict, trials: int | Iterable[int], seed: int) -> list[Trial]:
+    numbers = range(trials) if isinstance(trials, int | np.integer) else trials
+    trials = [Trial(int(n), seed, sample_hyperparams(space, seed, int(n))) for n in numbers]
+    if not trials:
+        raise InputError("there are no trials to run")
+    again = sample_hyperparams(space, seed, trials[0].number)
+    for key, value in trials[0].hyperparams.items():
+        if repr(value) != repr(again[key]) and callable(space[key]):
+            raise InputError(f"space: {key} has another value each time: draw from the generator")
+    return trials
+
+
 def random_search(
     train_and_evaluate: Callable,
     space: dict,
@@ -991,14 +1013,7 @@ def random_search(
     """
     if not inspect.isgeneratorfunction(getattr(train_and_evaluate, "func", train_and_evaluate)):
         train_and_evaluate = functools.partial(one_at_a_time, function=train_and_evaluate)
-    numbers = range(trials) if isinstance(trials, int | np.integer) else trials
-    trials = [Trial(int(n), seed, sample_hyperparams(space, seed, int(n))) for n in numbers]
-    if not trials:
-        raise InputError("there are no trials to run")
-    again = sample_hyperparams(space, seed, trials[0].number)
-    for key, value in trials[0].hyperparams.items():
-        if repr(value) != repr(again[key]) and callable(space[key]):
-            raise InputError(f"space: {key} has another value each time: draw from the generator")
+    trials = sample_trials(space, trials, seed)
     versions = [torch.__version__, np.__version__, str(torch.get_default_dtype())]
     own_log = Log(log, name, [space, seed, versions, train_and_evaluate])
     finals = []
