@@ -248,7 +248,7 @@ def attend(own, x, **options):
 
 
 def times_q(own, x):
-    return own.last(x * (own.q or 1))
+    return own.last(x if own.q is None else x * own.q)
 
 
 def first_of_plain(own, x):
@@ -301,6 +301,7 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "dropout in place": ("by_vmap", net(dropout_in_place)),
     "rows in place": ("by_vmap", made(lambda own, x: own.last(x.sub_(0.5)), last=linear)),
     "of weights": (None, made(of_weights, mix=alike(nn.Linear, 6, 8))),
+    "outer product": ("by_vmap", net(lambda own, x: x + x[:, :1] * own.last.weight[:1])),
     "scaled by a float": ("by_vmap", net(lambda own, x: x * own.p)),
     "convolution": (None, by_parts(*CONV, last(288)), IMAGES),
     "max pool": (None, by_parts(*CONV, alike(nn.MaxPool2d, 2), last(72)), IMAGES),
@@ -331,7 +332,7 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "gradient hook": ("alone", changed(lambda own: own[0].weight.register_hook(lambda g: g / 2))),
     "hooks that clip": ("alone", changed(hooks_that_clip)),
     "memory shared": ("alone", memory_shared),
-    "float or None": (None, made(times_q, last=linear, q=lambda i, o, p: p if p > 0.3 else None)),
+    "float or None": (None, made(times_q, last=linear, q=lambda i, o, p: p if p < 0.45 else None)),
     "stochastic depth": ("alone", net(lambda own, x: x if random.random() < 0.05 else 2 * x)),
     "forward hook": ("alone", changed(lambda own: own[0].register_forward_hook(lambda *a: -a[2]))),
     "counter": ("alone", net(counting)),
@@ -342,7 +343,7 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "slots": ("alone", Slots),
     "buffer anew": ("by_vmap", made(buffer_anew, mean=zeros, last=linear)),
     "layer or not": ("alone", layer_or_not(0), FLAT, {"space": SPACE | {"p": [0.0, 0.5]}}),
-    "layer by threshold": (None, layer_or_not(0.3)),
+    "layer by threshold": (None, layer_or_not(0.45)),
     "class made within": ("alone", class_made_within),
     "rand_like": ("alone", net(lambda own, x: x + 0.1 * torch.rand_like(x))),
     "random.random": ("alone", net(lambda own, x: x * (1 + random.random()))),
@@ -480,6 +481,10 @@ def test_masks_have_each_trials_own_rate():
     assert (masks > 0).float().mean(1).tolist() == pytest.approx([0.9, 0.5], abs=0.005)
     assert sorted(masks[0].unique().tolist()) == pytest.approx([0, 1 / 0.9])
     assert rs.dropout_mask(noise, 1.0).eq(0).all() and rs.dropout_mask(noise, 0.0).eq(1).all()
+    with rs.dropout_by(rs.take_from(noise[1])):
+        x = torch.ones(4)
+        assert F.dropout(x, 0.9, training=False) is x
+        assert F.dropout(x, 0.5, inplace=True) is x and x.equal(2.0 * (noise[1, :4] > 0.5))
 
 
 def test_bundled_tasks_learn():
