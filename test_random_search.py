@@ -782,12 +782,8 @@ def test_a_search_resumes_and_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == line
 
 
-THIS = sys.modules[__name__]
-FACTOR = 1
-
-
 def helper(x):
-    return x * THIS.FACTOR
+    return x * rs.FACTOR
 
 
 class Layer(nn.Linear):
@@ -814,7 +810,7 @@ LOSS = "def loss(outputs, y): return F.cross_entropy(outputs, y) * "
 TWO_LINES = "def loss(outputs, y):\n    a = {}\n    return outputs.sum() * a"
 HELPERS = "def c(): return {}\ndef b(): return c()\n" + LOSS + "b()"
 CACHED = "@functools.cache\ndef b(): return {}\n" + LOSS + "b()"
-ORDERS = ["", "def loss(a, b): return a * 2 + b", "def loss(b, a): return a * 2 + b"]
+ORDERS = ["", "def loss(a, b): return a * 2 + b", "def loss(b, a): return b * 2 + a"]
 CALLED = "class L:\n    def __call__(self, outputs, y): return outputs.sum() * {}"
 WAYS_TO_DIFFER = {
     "arguments of a module": lambda own: nn.CrossEntropyLoss(torch.ones(3) * own),
@@ -848,13 +844,14 @@ def test_a_search_is_known_by_all_that_its_functions_refer_to(way):
 def test_a_search_is_known_by_its_layers_space_rows_and_settings(tmp_path, monkeypatch):
     log = str(tmp_path / "log.db")
     task = make_task(lambda inputs, outputs, p: Wider(inputs, outputs))
+    monkeypatch.setattr(rs, "FACTOR", 1, raising=False)
 
     def searches(task=task, epochs=1, **options):
         rs.search(task, 1, epochs, log=log, **options)
         return read(log, "SELECT count(DISTINCT search) FROM trials")[0][0]
 
     assert [searches(), searches()] == [1, 1]
-    monkeypatch.setattr(THIS, "FACTOR", 2)  # a layer's base's helper's global
+    monkeypatch.setattr(rs, "FACTOR", 2)  # a layer's base's helper's global
     assert searches() == 2
     monkeypatch.setattr(Layer, "forward", lambda self, x: F.linear(x, self.weight))
     assert searches() == 3
