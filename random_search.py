@@ -1164,19 +1164,21 @@ def main() -> int:
     device = args.device
     if device == "cuda" and processes > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    options = {"seed": args.seed, "repeats": args.repeats, "log": args.log, "name": args.task}
+    repeats = args.repeats if len(args.trials) > 1 else 0  # which decide among trials
+    options = {"seed": args.seed, "repeats": repeats, "log": args.log, "name": args.task}
     try:
         task = TASKS[args.task]()
         task = Task(*(own.to(device) if isinstance(own, Tensor) else own for own in task))
         if args.save and rank == 0:
-            samples = [sample_hyperparams(task.space, args.seed, n) for n in args.trials]
-            check_save(args.save, [Trial(0, 0, own) for own in samples], task)
+            check_save(args.save, sample_trials(task.space, args.trials, args.seed), task)
         trials = search(task, args.trials, args.epochs, **options)
         if rank == 0:
             stacks = round(sum(1 / trial.stack for trial in trials if trial.stack))
             alone = sum(not trial.stack for trial in trials)
-            heading = f"{args.task}: {len(task.train_x)} rows, {len(trials)} trials"
-            heading += f" in {stacks} stacks and {alone} alone, {time.monotonic() - begun:.1f} s"
+            count = f"{len(trials)} trials in {stacks} stacks and {alone} alone, "
+            count = count if len(trials) > 1 else ""
+            seconds = f"{time.monotonic() - begun:.1f} s"
+            heading = f"{args.task}: {len(task.train_x)} rows, {count}{seconds}"
             report(trials, heading, loss=task.score is None)
         if args.save and rank == 0:
             save_model(args.save, trials[0], task, args.epochs)

@@ -1012,6 +1012,8 @@ def test_a_range_of_trials_and_the_heading_of_a_report(tmp_path, call):
     call("--trials", "2:4", *options, tmp_path / "b.db")
     expected = [row for row in without_times(tmp_path / "a.db") if row[1] in (2, 3)]
     assert without_times(tmp_path / "b.db") == expected
+    _, out, _ = call("--trials", "2:3", "--epochs", 3)
+    assert re.match(r"xor: 4 rows, [\d.]+ s\ntrial ", out) and "repeats" not in out
 
 
 @pytest.mark.parametrize("name", ["mlp", "buffer anew", "gru"])
