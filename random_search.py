@@ -140,7 +140,7 @@ def sample_hyperparams(space: dict, seed: int, number: int) -> dict:
             raise InputError(f"space: {name} must be a list of values or a function")
         else:
             value = values[generator.integers(len(values))]
-            if type(value) is int and any(isinstance(own, float) for own in values):
+            if type(value) is int and any(isinstance(other, float) for other in values):
                 value = float(value)  # of [1, 0.1]
         value = value.item() if isinstance(value, np.generic) else value
         # 0.3, not linspace's 0.30000000000000004
@@ -208,9 +208,10 @@ def dropout_by(draw: Callable[[int], Tensor]) -> Iterator[None]:
 def arguments_of(function: Callable, first: int, hyperparams: dict) -> dict:
     """The hyperparameters among the arguments of function, which begin at first."""
     parameters = list(inspect.signature(function).parameters.values())[first:]
-    if any(own.kind is own.VAR_KEYWORD for own in parameters):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(hyperparams)
-    return {own.name: hyperparams[own.name] for own in parameters if own.name in hyperparams}
+    names = [parameter.name for parameter in parameters]
+    return {name: hyperparams[name] for name in names if name in hyperparams}
 
 
 @contextlib.contextmanager
@@ -227,9 +228,10 @@ def told(trials: list[Trial]) -> Iterator[None]:
 def make_model(trial: Trial, task: Task) -> nn.Module:
     """The untrained model of a trial, in ordinary PyTorch."""
     seed_all(trial, WEIGHTS)
-    own = copy.deepcopy(arguments_of(task.build_model, 2, trial.hyperparams))  # it may change them
+    arguments = arguments_of(task.build_model, 2, trial.hyperparams)
+    arguments = copy.deepcopy(arguments)  # a model may change its lists
     with told([trial]):
-        model = task.build_model(task.train_x.shape[1], task.outputs, **own)
+        model = task.build_model(task.train_x.shape[1], task.outputs, **arguments)
         return model.to(task.train_x.device)
 
 
@@ -269,13 +271,13 @@ class Stack:
         self.kind = kind
         if len(trials) < kind.least:
             trials, models = trials * 2, models * 2
-        self.orders = [np.random.default_rng(seed_of(own, ORDER)) for own in trials]
-        self.noises = [np.random.SFC64(seed_of(own, DROPOUT)) for own in trials]
+        self.orders = [np.random.default_rng(seed_of(trial, ORDER)) for trial in trials]
+        self.noises = [np.random.SFC64(seed_of(trial, DROPOUT)) for trial in trials]
         self.parameters = stack_tensors([dict(model.named_parameters()) for model in models])
         self.buffers = stack_tensors([dict(model.named_buffers()) for model in models])
-        self.trained = [own for own in self.parameters.values() if own.requires_grad]
+        self.trained = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
         self.states = [{} for _ in self.trained]  # of update
-        self.arguments = [self.update_arguments(own) for own in self.trained]
+        self.arguments = [self.update_arguments(tensor) for tensor in self.trained]
         self.floats = {}
         for name, attribute in kind.floats:
             values = [getattr(model.get_submodule(name), attribute) for model in models]
@@ -301,7 +303,7 @@ class Stack:
         order = torch.arange(len(x), device=x.device).expand(len(self.orders), -1)
         for _ in range(epochs):
             if len(sizes) > 1:  # the order of a full batch does not matter
-                orders = [own.permutation(len(x)) for own in self.orders]
+                orders = [generator.permutation(len(x)) for generator in self.orders]
                 order = torch.from_numpy(np.stack(orders)).to(x.device)
             for rows in order.split(sizes, dim=1):
                 yield x[rows], y[rows], next(noise)
@@ -312,7 +314,7 @@ class Stack:
             words = math.ceil(size * self.kind.draws / 4)  # a word of 64 bits is four numbers
             ahead = max(1, 2**15 // max(1, words * len(self.noises)))
             while steps := len(list(itertools.islice(run, ahead))):
-                raw = np.stack([own.random_raw(steps * words) for own in self.noises])
+                raw = np.stack([bits.random_raw(steps * words) for bits in self.noises])
                 noise = torch.from_numpy(raw.view(np.uint16).astype(np.float32))
                 noise = noise.add_(0.5).mul_(2**-16)
                 noise = noise.to(self.task.train_x.device).view(len(raw), steps, 4 * words)
@@ -335,12 +337,12 @@ class Stack:
 def stack_tensors(named: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by name stacked, [trials, ...]; they themselves become views of that."""
     if len(named) == 1:  # alone they stay where they are: others may share their memory
-        return {n: own.data[None].requires_grad_(own.requires_grad) for n, own in named[0].items()}
+        return {n: t.data[None].requires_grad_(t.requires_grad) for n, t in named[0].items()}
     stacked = {}
     for name, first in named[0].items():
         stacked[name] = torch.stack([tensors[name].data for tensors in named])
-        for tensors, own in zip(named, stacked[name], strict=True):
-            tensors[name].data = own
+        for tensors, view in zip(named, stacked[name], strict=True):
+            tensors[name].data = view
         stacked[name].requires_grad_(first.requires_grad)
     return stacked
 
@@ -350,8 +352,8 @@ def gradients_alone(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list[T
     (model,) = stack.models
     model.zero_grad()
     stack.task.loss(model(x[0]), y[0]).backward()
-    parameters = [own for own in model.parameters() if own.requires_grad]
-    return [None if own.grad is None else own.grad[None] for own in parameters]
+    parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    return [None if tensor.grad is None else tensor.grad[None] for tensor in parameters]
 
 
 def gradients_by_vmap(stack: Stack, x: Tensor, y: Tensor, noise: Tensor) -> list[Tensor | None]:
@@ -441,12 +443,12 @@ def outline(model: nn.Module) -> dict:
     first = {}  # where a tensor stands first: it may be tied
     for name, module in model.named_modules(remove_duplicate=False):
         held[name, "class"] = type(module)
-        for key, own in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if own is not None:
-                hooks = own._backward_hooks or own._post_accumulate_grad_hooks
+        for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None:
+                hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
                 hooks = object() if hooks else None  # unlike any other: a stack calls none
-                place = first.setdefault(id(own), (name, key))
-                held[name, key] = own.shape, own.dtype, own.requires_grad, hooks, place
+                place = first.setdefault(id(tensor), (name, key))
+                held[name, key] = tensor.shape, tensor.dtype, tensor.requires_grad, hooks, place
         for attribute, value in vars(module).items():
             is_empty = isinstance(value, dict) and not value  # as hooks are, mostly
             if attribute not in ("_parameters", "_buffers", "_modules") and not is_empty:
@@ -493,9 +495,9 @@ def rehearse(trials: list[Trial], task: Task, kind: Kind) -> tuple[list[list[Ten
 
     Return the gradients, parameters and buffers that each trial has had, and what else has changed.
     """
-    stack = Stack(trials, [make_model(own, task) for own in trials], task, kind)
+    stack = Stack(trials, [make_model(trial, task) for trial in trials], task, kind)
     before = hidden_state(stack.models[0])
-    start = [own.clone() for own in stack.trained]
+    start = [tensor.clone() for tensor in stack.trained]
     sizes = batch_sizes(trials[0], task)
     sizes = sizes[0], sizes[-1]
     seen = [[] for _ in trials]
@@ -504,30 +506,30 @@ def rehearse(trials: list[Trial], task: Task, kind: Kind) -> tuple[list[list[Ten
         with dropout_by(take_from(noise[0])):  # alone too, where it would be torch's own
             gradients = kind.gradients(stack, task.train_x[rows], task.train_y[rows], noise)
         stack.step(gradients)
-        for place, own in enumerate(seen):
-            own += [torch.zeros(0) if g is None else g[place].clone() for g in gradients]
+        for place, tensors in enumerate(seen):
+            tensors += [torch.zeros(0) if g is None else g[place].clone() for g in gradients]
     for scale in (1e-4, 1e4, math.nan):  # an update may clip; others may diverge beside a trial
         scales = [scale if trial.number % 2 else 1.0 for trial in trials]
         scales = torch.tensor(scales, device=task.train_x.device)
-        shapes = [(-1, *[1] * (own.ndim - 1)) for own in stack.trained]
+        shapes = [(-1, *[1] * (tensor.ndim - 1)) for tensor in stack.trained]
         pairs = zip(gradients, shapes, strict=True)
         stack.step([None if g is None else g * scales.view(shape) for g, shape in pairs])
     if all(map(torch.equal, start, stack.trained)):
         tell("update has changed no parameter in the steps that were tried")
-    for model, own in zip(stack.models, seen, strict=True):
-        own += [*model.parameters(), *model.buffers()]
-    seen = [[tensor.detach().nan_to_num() for tensor in own] for own in seen]
+    for model, tensors in zip(stack.models, seen, strict=True):
+        tensors += [*model.parameters(), *model.buffers()]
+    seen = [[tensor.detach().nan_to_num() for tensor in tensors] for tensors in seen]
     return seen, difference(before, hidden_state(stack.models[0]))
 
 
 def agree(seen: list[Tensor], others: list[Tensor]) -> bool:
     """Whether each differs by a thousandth at most, of its largest number or 1e-3 of all's."""
-    sizes = [own.abs().max().item() if own.numel() else 0 for own in others]
+    sizes = [other.abs().max().item() if other.numel() else 0 for other in others]
     return all(
-        own.shape == other.shape
+        one.shape == other.shape
         # A gradient may be 0 but for rounding, as that of a bias before BatchNorm.
-        and torch.allclose(own, other, rtol=0, atol=1e-3 * max(size, 1e-3 * max(sizes)))
-        for own, other, size in zip(seen, others, sizes, strict=True)
+        and torch.allclose(one, other, rtol=0, atol=1e-3 * max(size, 1e-3 * max(sizes)))
+        for one, other, size in zip(seen, others, sizes, strict=True)
     )
 
 
@@ -571,8 +573,8 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         def on(made: Tensor) -> Tensor:
-            own = [made.clone() if isinstance(a, Tensor) and a.shape == shape else a for a in args]
-            return operation(*own, **kwargs or {}).nan_to_num()
+            operands = [made.clone() if getattr(a, "shape", 0) == shape else a for a in args]
+            return operation(*operands, **kwargs or {}).nan_to_num()
 
         result = operation(*args, **kwargs or {})
         shape = getattr(result, "shape", None)
@@ -581,7 +583,7 @@ class Rounding(TorchDispatchMode):
         if is_new and is_float and result.numel() % 32:
             count = max(2, min(32, 2**14 // max(1, result.numel())))
             made = torch.randn(count, *shape, generator=self.generator, dtype=result.dtype)
-            apart = torch.stack([on(own) for own in made])
+            apart = torch.stack([on(one) for one in made])
             together = on(made)
             is_tried = apart.shape == together.shape  # no outer sum of smaller tensors
             self.differs[operation, shape] = is_tried and not torch.equal(apart, together)
@@ -603,7 +605,7 @@ def try_stack(trials: list[Trial], task: Task, kind: Kind, alone: list) -> tuple
         rehearse(trials[:1], without_loss, kind)
     for least in (1, 2) if not any(rounding.differs.values()) else ():
         kind = kind._replace(least=least)
-        apart = [rehearse([own], task, kind)[0][0] for own in trials]
+        apart = [rehearse([trial], task, kind)[0][0] for trial in trials]
         if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, together)))):
             return kind, ""
     return kind, "its last bits depend on the stack"
@@ -617,12 +619,12 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     model = make_model(trial, task)
     trials = rehearsal_trials(trial, task)
     try:
-        models = [make_model(own, task) for own in trials[:2]]
-        trained = [{id(p) for p in own.parameters() if p.requires_grad} for own in models]
+        models = [make_model(trial, task) for trial in trials[:2]]
+        trained = [{id(p) for p in model.parameters() if p.requires_grad} for model in models]
         if trained[0] & trained[1]:
             raise InputError("build_model gives two trials the same layer: use copy.deepcopy")
         one, two = map(outline, models)
-        floats = [key for key, own in one.items() if isinstance(own, float) and own != two.get(key)]
+        floats = [key for key, v in one.items() if isinstance(v, float) and v != two.get(key)]
         draws = dropout_draws(make_model(trial, task), task.train_x[: batch_sizes(trial, task)[0]])
         checked = task._replace(loss=functools.partial(refuse_broadcast, task.loss))
         plain = Kind(model, gradients_alone, draws)
@@ -637,7 +639,7 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
         problem = f"it could not be checked, {error!r}"
     if problem:
         return Kind(model, gradients_alone), problem
-    held = 2 * sum(own.numel() for own in model.parameters())
+    held = 2 * sum(tensor.numel() for tensor in model.parameters())
     held += task.train_x[: batch_sizes(trial, task)[0]].numel()
     most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
     simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
@@ -681,9 +683,9 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
 
 def kind_of(trial: Trial, task: Task) -> str:
     """Equal for trials that differ in floats alone."""
-    own = {name: value for name, value in trial.hyperparams.items() if not isinstance(value, float)}
-    taken = arguments_of(task.build_model, 2, own) | arguments_of(task.update, 3, own)
-    return repr(describe([own | {"batch_size": batch_sizes(trial, task)[0]}, taken], {}))
+    values = {n: v for n, v in trial.hyperparams.items() if not isinstance(v, float)}
+    taken = arguments_of(task.build_model, 2, values) | arguments_of(task.update, 3, values)
+    return repr(describe([values | {"batch_size": batch_sizes(trial, task)[0]}, taken], {}))
 
 
 def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial, nn.Module]]:
@@ -737,7 +739,7 @@ def is_library(value: object) -> bool:
 
 def all_names(code: types.CodeType) -> list[str]:
     """The globals and attributes that code reads, functions within it too."""
-    inner = [all_names(own) for own in code.co_consts if isinstance(own, types.CodeType)]
+    inner = [all_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
     names = [*code.co_names, *itertools.chain.from_iterable(inner)]
     return [name for name in names if not name.startswith("__")]  # __name__ differs in a script
 
@@ -749,8 +751,8 @@ def values_read(function: types.FunctionType) -> list:
     values = [inspect.getclosurevars(function).nonlocals] if function.__closure__ else []
     for scope in scopes:  # which grows
         found = [scope[name] for name in names if name in scope]
-        modules = [vars(own) for own in found if inspect.ismodule(own) and not is_library(own)]
-        scopes += [own for own in modules if not any(own is other for other in scopes)]
+        modules = [vars(v) for v in found if inspect.ismodule(v) and not is_library(v)]
+        scopes += [scope for scope in modules if not any(scope is other for other in scopes)]
         values += found
     return values
 
@@ -769,11 +771,11 @@ def describe(value: object, seen: dict) -> object:
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
     if type(value) in (list, tuple):
-        return [parts(own) for own in value]
+        return [parts(item) for item in value]
     if type(value) is dict:
-        return [[parts(name), parts(own)] for name, own in value.items()]
+        return [[parts(name), parts(item)] for name, item in value.items()]
     if isinstance(value, set | frozenset):
-        return sorted(repr(describe(own, dict(seen))) for own in value)  # in no order
+        return sorted(repr(describe(item, dict(seen))) for item in value)  # in no order
     if isinstance(value, types.ModuleType):
         return value.__name__
     if isinstance(value, types.CodeType):
@@ -794,7 +796,7 @@ def describe(value: object, seen: dict) -> object:
     if isinstance(value, types.FunctionType):
         return parts([value.__code__, value.__defaults__, value.__kwdefaults__, values_read(value)])
     if isinstance(value, type):
-        held = {n: own for n, own in vars(value).items() if callable(own) or not n.startswith("__")}
+        held = {n: v for n, v in vars(value).items() if callable(v) or not n.startswith("__")}
         return parts([value.__bases__, held])
     try:
         reduce = copyreg.dispatch_table.get(type(value))
@@ -885,12 +887,12 @@ ONE_AT_A_TIME = threading.RLock()  # random numbers and F.dropout are the whole 
 def random_numbers_of_trials() -> Iterator[None]:
     """Seed as trials need it within; after it your own random numbers go on as before."""
     with ONE_AT_A_TIME, torch.random.fork_rng():
-        own = random.getstate(), np.random.get_state()
+        states = random.getstate(), np.random.get_state()
         try:
             yield
         finally:
-            random.setstate(own[0])
-            np.random.set_state(own[1])
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 RUNS = itertools.count()
@@ -951,7 +953,7 @@ def one_at_a_time(trials: list[Trial], function: Callable) -> Iterator[tuple[Tri
 def ranked(trials: list[Trial]) -> list[Trial]:
     """Those that have run, the best first, the diverged last."""
     finished = [trial for trial in trials if trial.score is not None]
-    return sorted(finished, key=lambda own: (math.isnan(own.score), -own.score, own.number))
+    return sorted(finished, key=lambda trial: (math.isnan(trial.score), -trial.score, trial.number))
 
 
 def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
@@ -1040,7 +1042,7 @@ def random_search(
     for trial in best:
         trial.repeats = [final.score for final in finals if final.number == trial.number]
     if repeats:
-        best.sort(key=lambda own: -np.nan_to_num(np.mean(own.repeats), nan=-math.inf))
+        best.sort(key=lambda trial: -np.nan_to_num(np.mean(trial.repeats), nan=-math.inf))
     return best + ranked(trials)[len(best) :]
 
 
@@ -1062,12 +1064,12 @@ def search(
             raise InputError(f"x of shape {list(x.shape)} and y of {list(y.shape)} are not rows")
     functions = (task.build_model, 2), (task.update, 3)  # and where their hyperparameters begin
     names = " and ".join(name_of(function) for function, _ in functions)
-    arguments = [arguments_of(*own, task.space) for own in functions]
+    arguments = [arguments_of(*function, task.space) for function in functions]
     if unknown := set(task.space).difference({"batch_size"}, *arguments):
         raise InputError(f"space: {min(unknown)} is no argument of {names}")
-    for (function, first), own in zip(functions, arguments, strict=True):
+    for (function, first), taken in zip(functions, arguments, strict=True):
         try:
-            inspect.signature(function).bind(*range(first), **own)
+            inspect.signature(function).bind(*range(first), **taken)
         except TypeError as error:
             raise InputError(f"space: {error}, for {names}") from None
     return random_search(
@@ -1087,27 +1089,22 @@ def search(
 
 
 def kept_arguments(trial: Trial, task: Task) -> dict:
-    own = arguments_of(task.build_model, 2, trial.hyperparams)
-    return {"sizes": [task.train_x.shape[1], task.outputs], "hyperparams": own}
+    arguments = arguments_of(task.build_model, 2, trial.hyperparams)
+    return {"sizes": [task.train_x.shape[1], task.outputs], "hyperparams": arguments}
 
 
 def check_save(path: str, trials: list[Trial], task: Task) -> None:
-    """Raise InputError if a model could not be loaded, or the file not be written."""
+    """Raise InputError if the file cannot be written, or a model not be loaded from it."""
+    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise InputError(f"--save {path}: no file can be written there")
     buffer = io.BytesIO()
     try:
-        torch.save([kept_arguments(own, task) for own in trials], buffer)
+        torch.save([kept_arguments(trial, task) for trial in trials], buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception:
-        raise InputError(
-            f"--save {path}: a value of the space is neither number nor text"
-        ) from None
-    try:
-        open(path, "ab").close()
-        if not os.path.getsize(path):
-            os.remove(path)
-    except OSError as error:
-        raise InputError(f"--save {path}: {error}") from None
+        problem = "a hyperparameter of the model is neither a number nor text"
+        raise InputError(f"--save {path}: {problem}") from None
 
 
 def save_model(path: str, trial: Trial, task: Task, epochs: int) -> None:
@@ -1168,7 +1165,7 @@ def main() -> int:
     options = {"seed": args.seed, "repeats": repeats, "log": args.log, "name": args.task}
     try:
         task = TASKS[args.task]()
-        task = Task(*(own.to(device) if isinstance(own, Tensor) else own for own in task))
+        task = Task(*(value.to(device) if isinstance(value, Tensor) else value for value in task))
         if args.save and rank == 0:
             check_save(args.save, sample_trials(task.space, args.trials, args.seed), task)
         trials = search(task, args.trials, args.epochs, **options)
