@@ -712,6 +712,8 @@ def evaluate(trial: Trial, model: nn.Module, task: Task) -> float | Tensor:
     seed_all(trial, OWN)
     with told([trial]), torch.no_grad():
         outputs = model(task.valid_x.clone())  # which it may change
+        if isinstance(outputs, Tensor) and outputs.isnan().any():
+            return math.nan  # an accuracy would be of class 0, argmax's of NaN
         if task.score:
             return task.score(outputs, task.valid_y)
         return -task.loss(outputs, task.valid_y)
@@ -1036,8 +1038,10 @@ def random_search(
             own_log.fill_in(finals)
         except KeyboardInterrupt:
             own_log.fill_in(trials)
-            if launched()[0] == 0 and ranked(trials):
-                report(ranked(trials))
+            finished = ranked(trials)
+            if launched()[0] == 0 and finished:
+                print(f"interrupted: {len(finished)} of {len(trials)} trials", file=sys.stderr)
+                report(finished)
             raise
     for trial in best:
         trial.repeats = [final.score for final in finals if final.number == trial.number]
@@ -1113,17 +1117,20 @@ def save_model(path: str, trial: Trial, task: Task, epochs: int) -> None:
     with random_numbers_of_trials():
         ((_, model),) = train([replace(trial)], task, epochs)
         score = float(evaluate(trial, model, task))
-    if trial.score is not None and not math.isclose(score, trial.score, rel_tol=1e-3):
+    if trial.score is not None and not np.isclose(score, trial.score, 1e-3, 0, equal_nan=True):
         raise InputError(
             f"a score of {score}, not {trial.score}: with other epochs or another task?"
         )
-    torch.save(kept_arguments(trial, task) | {"state_dict": model.state_dict()}, path)
+    kept = {"model": str(model), "state_dict": model.state_dict()}
+    torch.save(kept_arguments(trial, task) | kept, path)
 
 
 def load_model(path: str, build_model: Callable = build_model) -> nn.Module:
-    """The model that --save kept, in eval mode."""
+    """The model that save_model kept, in eval mode."""
     kept = torch.load(path, map_location="cpu", weights_only=True)
     model = build_model(*kept["sizes"], **kept["hyperparams"])
+    if str(model) != kept["model"]:
+        raise InputError(f"{path} is not of this build_model but of {kept['model']}")
     model.load_state_dict(kept["state_dict"])
     return model.eval()
 

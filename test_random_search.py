@@ -666,6 +666,8 @@ def test_what_diverged_comes_last_and_is_told(capsys):
     assert "6 of 8 trials diverged: standardise" in capsys.readouterr().out
     task = make_task(**ONE | {"y": FLOATS * 1e30})
     assert all(math.isnan(trial.score) for trial in rs.search(task, 3, 2, repeats=1))
+    task = make_task(x=FLAT * math.nan, score=lambda outputs, y: 0.5)
+    assert all(math.isnan(trial.score) for trial in rs.search(task, 3, 2))
 
 
 # ---- Bad input, and errors of the reader's own --------------------------------------------------
@@ -918,7 +920,9 @@ def test_ctrl_c_reports_what_has_finished(tmp_path, capsys):
     interrupted.calls = 0
     with pytest.raises(KeyboardInterrupt):
         rs.random_search(interrupted, UNIFORM, 10, log=log)
-    table = capsys.readouterr().out.splitlines()
+    table, told = capsys.readouterr()
+    assert told == "interrupted: 3 of 10 trials\n"
+    table = table.splitlines()
     best = max(range(3), key=lambda n: score_of(rs.sample_hyperparams(UNIFORM, 0, n)))
     assert table[1].split()[0] == str(best) and len(table) == 5
     assert read(log, "SELECT count(*) FROM trials") == [(3,)]
@@ -1025,6 +1029,9 @@ def test_a_saved_model_is_the_one_that_was_scored(name, tmp_path):
     model = rs.load_model(path, task.build_model)
     assert not model.training
     assert -task.loss(model(task.valid_x), task.valid_y).item() == trial.score
+    torch.save(torch.load(path) | {"model": "Linear()"}, path)
+    with pytest.raises(rs.InputError, match="not of this build_model"):
+        rs.load_model(path, task.build_model)
     with pytest.raises(rs.InputError, match="epochs"):
         rs.save_model(path, trial, task, 3)
 
