@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import sqlite3
@@ -477,7 +478,7 @@ def rehearsal_trials(trial: Trial, task: Task) -> list[Trial]:
     for name, value in trial.hyperparams.items():
         if isinstance(value, float):
             drawn = {sample[name] for sample in samples if isinstance(sample[name], float)}
-            drawn = sorted(drawn) or [value]
+            drawn = sorted(drawn)  # if it is empty, trials like this one train alone
             pair[0][name] = drawn[3 * len(drawn) // 4]
             pair[1][name] = drawn[len(drawn) // 4]
     return [replace(trial, number=n, repeat=0, hyperparams=pair[n % 2]) for n in range(4)]
@@ -573,7 +574,9 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         def on(made: Tensor) -> Tensor:
-            operands = [made.clone() if getattr(a, "shape", 0) == shape else a for a in args]
+            like = result.dtype, result.shape
+            is_like = [isinstance(a, Tensor) and (a.dtype, a.shape) == like for a in args]
+            operands = [made.clone() if i else a for i, a in zip(is_like, args, strict=True)]
             return operation(*operands, **kwargs or {}).nan_to_num()
 
         result = operation(*args, **kwargs or {})
@@ -617,15 +620,16 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
     Else a text says why not. Raises InputError for outputs or an update that cannot be right.
     """
     model = make_model(trial, task)
-    trials = rehearsal_trials(trial, task)
+    rows = task.train_x[: batch_sizes(trial, task)[0]]
     try:
+        trials = rehearsal_trials(trial, task)
         models = [make_model(trial, task) for trial in trials[:2]]
         trained = [{id(p) for p in model.parameters() if p.requires_grad} for model in models]
         if trained[0] & trained[1]:
             raise InputError("build_model gives two trials the same layer: use copy.deepcopy")
         one, two = map(outline, models)
         floats = [key for key, v in one.items() if isinstance(v, float) and v != two.get(key)]
-        draws = dropout_draws(make_model(trial, task), task.train_x[: batch_sizes(trial, task)[0]])
+        draws = dropout_draws(make_model(trials[0], task), rows)
         checked = task._replace(loss=functools.partial(refuse_broadcast, task.loss))
         plain = Kind(model, gradients_alone, draws)
         before = repr(describe([task.loss, task.update], seen={}))
@@ -639,14 +643,15 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
         problem = f"it could not be checked, {error!r}"
     if problem:
         return Kind(model, gradients_alone), problem
+    model = models[1]  # not the trial's: who is first must not matter
     held = 2 * sum(tensor.numel() for tensor in model.parameters())
-    held += task.train_x[: batch_sizes(trial, task)[0]].numel()
+    held += rows.numel()
     most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
     simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
     by_layers = [gradients_by_layers] if simple and type(model) is nn.Sequential else []
     for gradients in [*by_layers, gradients_by_vmap, gradients_without_onednn]:
         # The structure of the second: what outline has not seen is wrong for the first, and found.
-        kind = Kind(models[1], gradients, draws, tuple(floats), one, most=most)
+        kind = Kind(model, gradients, draws, tuple(floats), one, most=most)
         try:
             kind, problem = try_stack(trials, task, kind, alone)
         except Exception as error:  # of your code, which raised nothing alone
@@ -715,8 +720,8 @@ def evaluate(trial: Trial, model: nn.Module, task: Task) -> float | Tensor:
         if isinstance(outputs, Tensor) and outputs.isnan().any():
             return math.nan  # an accuracy would be of class 0, argmax's of NaN
         if task.score:
-            return task.score(outputs, task.valid_y)
-        return -task.loss(outputs, task.valid_y)
+            return task.score(outputs, task.valid_y.clone())
+        return -task.loss(outputs, task.valid_y.clone())
 
 
 def train_and_evaluate(trials: list[Trial], task: Task, epochs: int) -> Iterator:
@@ -759,7 +764,7 @@ def values_read(function: types.FunctionType) -> list:
     return values
 
 
-PLAIN = bool | int | float | str | bytes | None
+PLAIN = bool | int | float | str | None
 
 
 def describe(value: object, seen: dict) -> object:
@@ -769,9 +774,12 @@ def describe(value: object, seen: dict) -> object:
     if isinstance(value, PLAIN):
         return repr(value)
     parts = functools.partial(describe, seen=seen)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+        content = value.detach().cpu().to_dense().resolve_conj().contiguous()
+        content = content.view(-1).view(torch.uint8).numpy().tobytes()
+        return [str(value.dtype), list(value.shape), parts(content)]
     if type(value) in (list, tuple):
         return [parts(item) for item in value]
     if type(value) is dict:
@@ -793,8 +801,8 @@ def describe(value: object, seen: dict) -> object:
         bound = None if isinstance(bound, type | types.ModuleType) else bound
         return [value.__module__, value.__qualname__, parts(bound)]
     if id(value) in seen:  # such as a function that calls itself
-        return list(seen).index(id(value))
-    seen[id(value)] = value
+        return seen[id(value)][0]
+    seen[id(value)] = len(seen), value
     if isinstance(value, types.FunctionType):
         return parts([value.__code__, value.__defaults__, value.__kwdefaults__, values_read(value)])
     if isinstance(value, type):
@@ -849,7 +857,11 @@ class Log:
     def add(self, trial: Trial, score: float) -> None:
         row = [self.search, self.name, trial.seed, trial.number, trial.repeat]
         row += [score if math.isfinite(score) else None]
-        row += [json.dumps(trial.hyperparams, default=name_of), trial.seconds, trial.stack]
+        row += [
+            json.dumps(trial.hyperparams, default=name_of, skipkeys=True),
+            trial.seconds,
+            trial.stack,
+        ]
         self.insert([row])
 
     def fill_in(self, trials: list[Trial]) -> list[Trial]:
@@ -888,13 +900,14 @@ ONE_AT_A_TIME = threading.RLock()  # random numbers and F.dropout are the whole 
 @contextlib.contextmanager
 def random_numbers_of_trials() -> Iterator[None]:
     """Seed as trials need it within; after it your own random numbers go on as before."""
-    with ONE_AT_A_TIME, torch.random.fork_rng():
-        states = random.getstate(), np.random.get_state()
+    with ONE_AT_A_TIME:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 RUNS = itertools.count()
@@ -986,14 +999,21 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
 
 
 def sample_trials(space: dict, trials: int | Iterable[int], seed: int) -> list[Trial]:
+    """Trials of the numbers 0 to trials - 1, or of the numbers trials."""
     numbers = range(trials) if isinstance(trials, int | np.integer) else trials
-    trials = [Trial(int(n), seed, sample_hyperparams(space, seed, int(n))) for n in numbers]
-    if not trials:
+    numbers = list(dict.fromkeys(map(operator.index, numbers)))
+    if not numbers:
         raise InputError("there are no trials to run")
-    again = sample_hyperparams(space, seed, trials[0].number)
-    for key, value in trials[0].hyperparams.items():
-        if repr(value) != repr(again[key]) and callable(space[key]):
-            raise InputError(f"space: {key} has another value each time: draw from the generator")
+    if min(seed, *numbers) < 0 or max(seed, *numbers) >= 2**63:
+        raise InputError("the seed and the numbers of trials must be from 0 to 2**63 - 1")
+    trials = [Trial(number, seed, sample_hyperparams(space, seed, number)) for number in numbers]
+    drawn = [key for key, values in space.items() if callable(values)]
+    for trial in trials if drawn else ():
+        again = sample_hyperparams(space, seed, trial.number)
+        for key in drawn:
+            if describe(trial.hyperparams[key], {}) != describe(again[key], {}):
+                problem = "has another value each time: draw from the generator"
+                raise InputError(f"space: {key} {problem}")
     return trials
 
 
@@ -1020,6 +1040,7 @@ def random_search(
     """
     if not inspect.isgeneratorfunction(getattr(train_and_evaluate, "func", train_and_evaluate)):
         train_and_evaluate = functools.partial(one_at_a_time, function=train_and_evaluate)
+    seed = operator.index(seed)
     trials = sample_trials(space, trials, seed)
     versions = [torch.__version__, np.__version__, str(torch.get_default_dtype())]
     own_log = Log(log, name, [space, seed, versions, train_and_evaluate])
@@ -1117,6 +1138,7 @@ def save_model(path: str, trial: Trial, task: Task, epochs: int) -> None:
     with random_numbers_of_trials():
         ((_, model),) = train([replace(trial)], task, epochs)
         score = float(evaluate(trial, model, task))
+    score = score if math.isfinite(score) else math.nan
     if trial.score is not None and not np.isclose(score, trial.score, 1e-3, 0, equal_nan=True):
         raise InputError(
             f"a score of {score}, not {trial.score}: with other epochs or another task?"

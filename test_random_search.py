@@ -137,6 +137,11 @@ def layer_or_not(least):
     return build_model
 
 
+def two_dropouts_or_one(i, o, p):
+    dropouts = [nn.Dropout(p)] * (2 if p > 0.45 else 1)
+    return nn.Sequential(nn.Linear(i, 16), *dropouts, nn.Linear(16, o))
+
+
 def one_dropout(i, o, p):
     dropout = nn.Dropout(p)
     return nn.Sequential(nn.Linear(i, 16), dropout, nn.Linear(16, 16), dropout, nn.Linear(16, o))
@@ -199,6 +204,11 @@ def memory_shared(i, o, p):
 def hooks_that_clip(own):
     for parameter in own.parameters():
         parameter.register_hook(lambda gradient: gradient.clamp(-1e6, 1e6))
+
+
+def of_half(outputs, y):
+    y /= 2
+    return F.mse_loss(outputs, y)
 
 
 def adam(parameter, gradient, state, lr):
@@ -280,10 +290,12 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "one output": ("by_layers/2", mlp, FLAT, ONE),
     "rate 1": ("by_layers", mlp, FLAT, {"space": SPACE | {"p": [0.2, 1.0]}}),
     "many dropouts": ("by_layers", many_dropouts),
+    "dropout by threshold": (None, two_dropouts_or_one),
     "one dropout in two places": (None, one_dropout),
     "a loss of one's own": ("by_layers/2", mlp, FLAT, ONE | {"loss": nn.HuberLoss(delta=0.3)}),
     "binary": ("by_layers/2", mlp, FLAT, BINARY | {"loss": F.binary_cross_entropy_with_logits}),
     "poisson": ("by_layers/2", mlp, FLAT, BINARY | {"loss": F.poisson_nll_loss}),
+    "targets in place": (None, mlp, FLAT, ONE | {"loss": of_half}),
     "classes to ignore": ("by_layers", mlp, FLAT, {"y": CLASSES.where(FLAT[:, 0] < 1, -100)}),
     "class weights": ("by_layers", mlp, FLAT, {"loss": WEIGHTED}),
     "adam": ("by_layers", mlp, FLAT, {"update": adam}),
@@ -301,6 +313,7 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "dropout in place": ("by_vmap", net(dropout_in_place)),
     "rows in place": ("by_vmap", made(lambda own, x: own.last(x.sub_(0.5)), last=linear)),
     "of weights": (None, made(of_weights, mix=alike(nn.Linear, 6, 8))),
+    "where": ("by_vmap", net(lambda own, x: torch.where(x > 0.1, x, 0.1 * x))),
     "outer product": ("by_vmap", net(lambda own, x: x + x[:, :1] * own.last.weight[:1])),
     "scaled by a float": ("by_vmap", net(lambda own, x: x * own.p)),
     "convolution": (None, by_parts(*CONV, last(288)), IMAGES),
@@ -384,7 +397,7 @@ def plain_score(task: rs.Task, trial: rs.Trial, own_dropout: bool) -> float:
     model.eval()
     rs.seed_all(trial, rs.OWN)
     with torch.no_grad():
-        return -task.loss(model(task.valid_x.clone()), task.valid_y).item()
+        return -task.loss(model(task.valid_x.clone()), task.valid_y.clone()).item()
 
 
 @pytest.fixture
@@ -602,7 +615,8 @@ def test_the_best_come_first_and_the_first_ten_are_a_search_of_ten():
     assert all((own.hyperparams, own.score) == by_number[own.number] for own in few)
     assert [own.score for own in many] == sorted((own.score for own in many), reverse=True)
     assert rs.search(task, 30, 2, seed=2)[0].score != many[0].score
-    assert [own.number for own in rs.search(task, [7], 2, seed=1)] == [7]
+    twice = rs.search(task, [np.int64(7), 7], 2, seed=np.int64(1))
+    assert [(own.number, own.score) for own in twice] == [(7, by_number[7][1])]
 
 
 def test_finals_decide_by_the_mean_of_repeats():
@@ -690,6 +704,10 @@ BAD = {
     "no list": ({"space": SPACE | {"p": 0.1}}, "p must be a list"),
     "rows that do not match": ({"y": CLASSES[:50]}, "rows"),
     "another draw each time": ({"space": SPACE | {"p": lambda g: np.random.uniform()}}, "space: p"),
+    "another draw at times": (
+        {"space": SPACE | {"p": lambda g: g.random() if g.random() > 0.3 else random.random()}},
+        "space: p",
+    ),
 }
 
 
@@ -705,8 +723,11 @@ def test_bad_input_is_one_line_before_training(name, monkeypatch):
 def test_misspelt_options_and_no_trials():
     with pytest.raises(TypeError, match="repeat"):
         rs.search(rs.xor(), 3, 2, repeat=5)
-    with pytest.raises(rs.InputError, match="no trials"):
-        rs.search(rs.xor(), 0, 2)
+    for options, message in (({"trials": 0}, "no trials"), ({"seed": -1}, "seed")):
+        with pytest.raises(rs.InputError, match=message):
+            rs.search(rs.xor(), **options)
+    with pytest.raises(TypeError, match="None"):
+        rs.search(rs.xor(), seed=None)
 
 
 def fails(*_):
@@ -858,6 +879,7 @@ def test_a_search_is_known_by_its_layers_space_rows_and_settings(tmp_path, monke
     monkeypatch.setattr(Layer, "forward", lambda self, x: F.linear(x, self.weight))
     assert searches() == 3
     assert [searches(epochs=2), searches(seed=1), searches(name="other")] == [4, 5, 6]
+    assert searches(seed=np.int64(1)) == 6
     assert searches(task._replace(train_x=task.train_x + 1)) == 7
     assert searches(task._replace(space=SPACE | {"p": [0.1]})) == 8
     highs = [(lambda high: lambda g: g.uniform(0, high))(own) for own in (0.1, 0.2)]
