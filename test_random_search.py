@@ -451,7 +451,7 @@ def test_a_product_of_one_column_rounds_otherwise_where_it_is_the_only_one():
 def test_a_sigmoid_rounds_otherwise_where_it_fills_no_vector_register():
     """Seen in 2 of 40 trials: too few for the rehearsal."""
     task = make_task(of(nn.Sigmoid))
-    trials = sample_trials(task, range(20))
+    trials = sample_trials(task, range(10))
     assert scores(task, trials, 20) == scores_apart(task, trials, 20)
 
 
