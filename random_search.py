@@ -857,24 +857,22 @@ class Log:
     def add(self, trial: Trial, score: float) -> None:
         row = [self.search, self.name, trial.seed, trial.number, trial.repeat]
         row += [score if math.isfinite(score) else None]
-        row += [
-            json.dumps(trial.hyperparams, default=name_of, skipkeys=True),
-            trial.seconds,
-            trial.stack,
-        ]
-        self.insert([row])
+        row += [json.dumps(trial.hyperparams, default=name_of, skipkeys=True)]
+        self.insert([[*row, trial.seconds, trial.stack]])
 
-    def fill_in(self, trials: list[Trial]) -> list[Trial]:
-        """Set what the logs of all processes know of trials; return those that have not run."""
+    def fill_in(self, trials: list[Trial], alone: bool = False) -> list[Trial]:
+        """Set what the logs of all processes know of trials; return those that have not run.
+
+        It waits for the other processes, unless this one goes on alone.
+        """
         _, processes = launched()
-        if processes > 1:  # each may have a log of its own
+        if processes > 1 and not alone:  # each may have a log of its own
             everyones = [None] * processes
-            distributed.all_gather_object(everyones, (self.search, self.rows()))
+            search = self.search, [(trial.number, trial.repeat) for trial in trials]
+            distributed.all_gather_object(everyones, (search, self.rows()))
             searches, rows = zip(*everyones, strict=True)
-            if len(set(searches)) > 1:
-                raise InputError(
-                    "the processes differ in settings, rows or code: nothing is shared"
-                )
+            if any(other != search for other in searches):
+                raise InputError("the processes differ in trials, settings, rows or code")
             self.insert(itertools.chain.from_iterable(rows))
         known = {(row[3], row[4]): row for row in self.rows()}
         for trial in trials:
@@ -1058,7 +1056,7 @@ def random_search(
             run(train_and_evaluate, own_log.fill_in(finals), own_log, kind)
             own_log.fill_in(finals)
         except KeyboardInterrupt:
-            own_log.fill_in(trials)
+            own_log.fill_in(trials, alone=True)
             finished = ranked(trials)
             if launched()[0] == 0 and finished:
                 print(f"interrupted: {len(finished)} of {len(trials)} trials", file=sys.stderr)
