@@ -341,7 +341,7 @@ KINDS = {  # how it trains (as two where it is alone: /2; None: any), build_mode
     "gru cell": (None, made(by_cell, cell=alike(nn.GRUCell, 8, 8)), SERIES),
     "frozen": ("by_vmap", changed(lambda own: own[0].requires_grad_(False))),
     "tied": ("by_vmap", tied(0)),
-    "tied by a float": (None, tied(0.3)),
+    "tied by a float": (None, tied(0.45)),
     "gradient hook": ("alone", changed(lambda own: own[0].weight.register_hook(lambda g: g / 2))),
     "hooks that clip": ("alone", changed(hooks_that_clip)),
     "memory shared": ("alone", memory_shared),
@@ -459,13 +459,26 @@ def test_a_sigmoid_rounds_otherwise_where_it_fills_no_vector_register():
     assert any(rounding.differs.values()) == (not torch.equal(apart, x.sigmoid()))
 
 
+def test_trials_whose_operations_round_otherwise_train_alone(monkeypatch):
+    task = make_task()
+    rounding = types.SimpleNamespace(differs={"an operation": True})
+    monkeypatch.setattr(rs, "Rounding", lambda: contextlib.nullcontext(rounding))
+    assert rs.examine(sample_trials(task, [0])[0], task)[1] == "its last bits depend on the stack"
+
+
 def test_convolutions_of_small_batches_have_the_same_bits():
     task = make_task(KINDS["convolution"][1], IMAGES, space=SPACE | {"batch_size": [8]})
     trials = sample_trials(task, range(6))
     assert scores(task, trials) == scores_apart(task, trials)
 
 
-def test_a_loss_that_remembers_is_told(capsys):
+def rebinding(parameter, gradient, state, lr):
+    parameter = parameter - lr * gradient
+
+
+def test_what_cannot_be_right_is_told(capsys):
+    scores(make_task(update=rebinding), sample_trials(make_task(), [0]))
+    assert "update has changed no parameter" in capsys.readouterr().err
     calls = itertools.count(1)
 
     def loss(outputs, y):
