@@ -247,6 +247,12 @@ def batch_sizes(trial: Trial, task: Task) -> list[int]:
     return [stop - start for start, stop in itertools.pairwise(cuts)]
 
 
+def equal_parts(trials: list[Trial], most: int) -> list[list[Trial]]:
+    """As few parts of most trials or less as there can be, of equal size."""
+    count = math.ceil(len(trials) / most)
+    return [trials[start::count] for start in range(count)]
+
+
 class Kind(NamedTuple):
     """How trials that differ in floats alone train, which examine finds out."""
 
@@ -278,7 +284,8 @@ class Stack:
         self.buffers = stack_tensors([dict(model.named_buffers()) for model in models])
         self.trained = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
         self.states = [{} for _ in self.trained]  # of update
-        self.arguments = [self.update_arguments(tensor) for tensor in self.trained]
+        arguments = arguments_of(task.update, 3, trials[0].hyperparams)
+        self.arguments = [self.broadcast(arguments, tensor) for tensor in self.trained]
         self.floats = {}
         for name, attribute in kind.floats:
             values = [getattr(model.get_submodule(name), attribute) for model in models]
@@ -286,15 +293,15 @@ class Stack:
         y = task.train_y  # of classes, none that cross_entropy ignores?
         self.classes = y.dtype == torch.int64 and y.ndim == 1 and bool(y.min() >= 0)
 
-    def update_arguments(self, parameter: Tensor) -> dict:
-        """The hyperparameters of update; floats as tensors that broadcast with [trials, ...]."""
-        arguments = arguments_of(self.task.update, 3, self.trials[0].hyperparams)
+    def broadcast(self, arguments: dict, parameter: Tensor) -> dict:
+        """arguments of update; floats as tensors that broadcast with parameter [trials, ...]."""
+        shape = -1, *[1] * (parameter.ndim - 1)
+        tensors = {}
         for name, value in arguments.items():
             if isinstance(value, float):
                 values = [trial.hyperparams[name] for trial in self.trials]
-                values = parameter.new_tensor(values).view(-1, *[1] * (parameter.ndim - 1))
-                arguments[name] = values
-        return arguments
+                tensors[name] = parameter.new_tensor(values).view(shape)
+        return arguments | tensors
 
     def batches(self, epochs: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x and y [trials, batch, ...] and noise [trials, draws] of each step."""
@@ -491,21 +498,20 @@ def hidden_state(model: nn.Module) -> dict:
     return outline(model) | {("", "the state of random numbers"): numbers}
 
 
-def rehearse(trials: list[Trial], task: Task, kind: Kind) -> tuple[list[list[Tensor]], str]:
+def rehearse(stack: Stack) -> list[list[Tensor]]:
     """Take the first and the last step of an epoch, then three with gradients of other sizes.
 
-    Return the gradients, parameters and buffers that each trial has had, and what else has changed.
+    Return the gradients, parameters and buffers that each trial has had.
     """
-    stack = Stack(trials, [make_model(trial, task) for trial in trials], task, kind)
-    before = hidden_state(stack.models[0])
-    start = [tensor.clone() for tensor in stack.trained]
+    trials = stack.trials
+    task = stack.task
     sizes = batch_sizes(trials[0], task)
     sizes = sizes[0], sizes[-1]
     seen = [[] for _ in trials]
     for size, noise in zip(sizes, stack.make_noise(sizes), strict=True):
         rows = torch.arange(size, device=task.train_x.device).expand(len(stack.orders), -1)
         with dropout_by(take_from(noise[0])):  # alone too, where it would be torch's own
-            gradients = kind.gradients(stack, task.train_x[rows], task.train_y[rows], noise)
+            gradients = stack.kind.gradients(stack, task.train_x[rows], task.train_y[rows], noise)
         stack.step(gradients)
         for place, tensors in enumerate(seen):
             tensors += [torch.zeros(0) if g is None else g[place].clone() for g in gradients]
@@ -515,12 +521,9 @@ def rehearse(trials: list[Trial], task: Task, kind: Kind) -> tuple[list[list[Ten
         shapes = [(-1, *[1] * (tensor.ndim - 1)) for tensor in stack.trained]
         pairs = zip(gradients, shapes, strict=True)
         stack.step([None if g is None else g * scales.view(shape) for g, shape in pairs])
-    if all(map(torch.equal, start, stack.trained)):
-        tell("update has changed no parameter in the steps that were tried")
     for model, tensors in zip(stack.models, seen, strict=True):
         tensors += [*model.parameters(), *model.buffers()]
-    seen = [[tensor.detach().nan_to_num() for tensor in tensors] for tensors in seen]
-    return seen, difference(before, hidden_state(stack.models[0]))
+    return [[tensor.detach().nan_to_num() for tensor in tensors] for tensors in seen]
 
 
 def agree(seen: list[Tensor], others: list[Tensor]) -> bool:
@@ -554,6 +557,27 @@ def refuse_broadcast(loss: Callable, outputs: Tensor, y: Tensor) -> Tensor:
         shapes = f"{list(outputs.shape)}, y has {list(y.shape)}"
         raise InputError(f"the model's outputs have shape {shapes}: perhaps y[:, None]")
     return loss(outputs, y)
+
+
+def rehearse_alone(trial: Trial, task: Task, draws: int) -> tuple[list[Tensor], str]:
+    """Rehearse in plain PyTorch; return also what has changed that a stack would not see."""
+    model = make_model(trial, task)
+    checked = task._replace(loss=functools.partial(refuse_broadcast, task.loss))
+    stack = Stack([trial], [model], checked, Kind(model, gradients_alone, draws))
+    weights = [tensor.clone() for tensor in stack.trained]
+    functions = repr(describe([task.loss, task.update], seen={}))
+    state = hidden_state(model)
+    (seen,) = rehearse(stack)
+    problem = difference(state, hidden_state(model))
+    if all(map(torch.equal, weights, stack.trained)):
+        tell("update has changed no parameter in the steps that were tried")
+    if repr(describe([task.loss, task.update], seen={})) != functions:
+        tell("loss or update keeps something that the next trial sees: the order matters")
+    return seen, problem
+
+
+def rehearse_stacked(trials: list[Trial], task: Task, kind: Kind) -> list[list[Tensor]]:
+    return rehearse(Stack(trials, [make_model(trial, task) for trial in trials], task, kind))
 
 
 class Rounding(TorchDispatchMode):
@@ -598,17 +622,17 @@ def try_stack(trials: list[Trial], task: Task, kind: Kind, alone: list) -> tuple
 
     alone is what the first of trials has in plain PyTorch.
     """
-    together, _ = rehearse(trials, task, kind)
+    together = rehearse_stacked(trials, task, kind)
     if not agree(together[0], alone):
         return kind, "in a stack it does not train as alone"
     if not task.train_x.is_cpu:  # elsewhere last bits are not promised
         return kind, ""
     without_loss = task._replace(loss=lambda outputs, y: outputs.sum())  # a loss sees one trial
     with Rounding() as rounding:
-        rehearse(trials[:1], without_loss, kind)
+        rehearse_stacked(trials[:1], without_loss, kind)
     for least in (1, 2) if not any(rounding.differs.values()) else ():
         kind = kind._replace(least=least)
-        apart = [rehearse([trial], task, kind)[0][0] for trial in trials]
+        apart = [rehearse_stacked([trial], task, kind)[0] for trial in trials]
         if all(map(torch.equal, *map(itertools.chain.from_iterable, (apart, together)))):
             return kind, ""
     return kind, "its last bits depend on the stack"
@@ -629,13 +653,8 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
             raise InputError("build_model gives two trials the same layer: use copy.deepcopy")
         one, two = map(outline, models)
         floats = [key for key, v in one.items() if isinstance(v, float) and v != two.get(key)]
-        draws = dropout_draws(make_model(trials[0], task), rows)
-        checked = task._replace(loss=functools.partial(refuse_broadcast, task.loss))
-        plain = Kind(model, gradients_alone, draws)
-        before = repr(describe([task.loss, task.update], seen={}))
-        (alone,), problem = rehearse(trials[:1], checked, plain)
-        if repr(describe([task.loss, task.update], seen={})) != before:
-            tell("loss or update keeps something that the next trial sees: the order matters")
+        draws = dropout_draws(models[0], rows)
+        alone, problem = rehearse_alone(trials[0], task, draws)
         problem = difference(one, two, floats) or problem
     except InputError:
         raise
@@ -643,15 +662,14 @@ def examine(trial: Trial, task: Task) -> tuple[Kind, str]:
         problem = f"it could not be checked, {error!r}"
     if problem:
         return Kind(model, gradients_alone), problem
-    model = models[1]  # not the trial's: who is first must not matter
-    held = 2 * sum(tensor.numel() for tensor in model.parameters())
-    held += rows.numel()
+    structure = models[1]  # not the trial's own: who comes first must not matter
+    held = rows.numel() + 2 * sum(tensor.numel() for tensor in structure.parameters())
     most = max(1, (2**21 if task.train_x.is_cpu else 2**28) // held)  # a CPU's caches
-    simple = {*map(type, model.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
-    by_layers = [gradients_by_layers] if simple and type(model) is nn.Sequential else []
+    simple = {*map(type, structure.children())} <= {nn.Linear, nn.ReLU, nn.Dropout}
+    by_layers = [gradients_by_layers] if simple and type(structure) is nn.Sequential else []
     for gradients in [*by_layers, gradients_by_vmap, gradients_without_onednn]:
-        # The structure of the second: what outline has not seen is wrong for the first, and found.
-        kind = Kind(model, gradients, draws, tuple(floats), one, most=most)
+        # Of the second trial: what outline has not seen is wrong for the first, and found.
+        kind = Kind(structure, gradients, draws, tuple(floats), one, most=most)
         try:
             kind, problem = try_stack(trials, task, kind, alone)
         except Exception as error:  # of your code, which raised nothing alone
@@ -671,10 +689,9 @@ def make_stacks(trials: list[Trial], task: Task) -> Iterator[Stack]:
         groups[kind_of(trial, task)].append(trial)
     for group in groups.values():
         kind, problem = examine(group[0], task)
-        count = math.ceil(len(group) / kind.most)
-        for start in range(count):
+        for part in equal_parts(group, kind.most):
             members = []
-            for trial in group[start::count]:
+            for trial in part:
                 model = make_model(trial, task)
                 reason = problem or difference(kind.outline, outline(model), kind.floats)
                 if reason:
@@ -860,13 +877,13 @@ class Log:
         row += [json.dumps(trial.hyperparams, default=name_of, skipkeys=True)]
         self.insert([[*row, trial.seconds, trial.stack]])
 
-    def fill_in(self, trials: list[Trial], alone: bool = False) -> list[Trial]:
-        """Set what the logs of all processes know of trials; return those that have not run.
+    def fill_in(self, trials: list[Trial], share: bool = True) -> list[Trial]:
+        """Set what the log knows of trials; return those that have not run.
 
-        It waits for the other processes, unless this one goes on alone.
+        To share it waits for the other processes, and brings their rows into each log.
         """
         _, processes = launched()
-        if processes > 1 and not alone:  # each may have a log of its own
+        if processes > 1 and share:  # each may have a log of its own
             everyones = [None] * processes
             search = self.search, [(trial.number, trial.repeat) for trial in trials]
             distributed.all_gather_object(everyones, (search, self.rows()))
@@ -922,10 +939,7 @@ def my_parts(trials: list[Trial], kind: Callable | None) -> Iterator[list[Trial]
         groups[kind(trial) if kind else None].append(trial)
     most = math.ceil(len(trials) / (8 * processes))
     most = max(8, most) if kind else most  # a stack of 8 gains nearly all
-    parts = []
-    for group in groups.values():
-        count = math.ceil(len(group) / most)
-        parts += [group[start::count] for start in range(count)]
+    parts = [part for group in groups.values() for part in equal_parts(group, most)]
     parts.sort(key=len, reverse=True)  # so that none is left with a large one at the end
     store = distributed.distributed_c10d._get_default_store()
     run_number = next(RUNS)
@@ -986,12 +1000,10 @@ def report(trials: list[Trial], heading: str = "", loss: bool = False) -> None:
     lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
     diverged = sum(math.isnan(trial.score) for trial in trials)
     if diverged:
-        hint = (
-            ": standardise the rows, look for NaN in them, lower lr"
-            if diverged > len(trials) / 2
-            else ""
-        )
-        lines.append(f"{diverged} of {len(trials)} trials diverged{hint}")
+        line = f"{diverged} of {len(trials)} trials diverged"
+        is_most = diverged > len(trials) / 2
+        line += ": standardise the rows, look for NaN in them, lower lr" if is_most else ""
+        lines.append(line)
     lines.append(str(trials[0].hyperparams))
     print("\n".join(lines), flush=True)
 
@@ -1053,10 +1065,12 @@ def random_search(
             best = [trial for trial in ranked(trials)[:5] if not math.isnan(trial.score)]
             for trial in best:
                 finals += [replace(trial, repeat=1 + n, score=None) for n in range(repeats)]
-            run(train_and_evaluate, own_log.fill_in(finals), own_log, kind)
-            own_log.fill_in(finals)
+            if finals:
+                missing = own_log.fill_in(finals, share=False)  # all rows have just been shared
+                run(train_and_evaluate, missing, own_log, kind)
+                own_log.fill_in(finals)
         except KeyboardInterrupt:
-            own_log.fill_in(trials, alone=True)
+            own_log.fill_in(trials, share=False)
             finished = ranked(trials)
             if launched()[0] == 0 and finished:
                 print(f"interrupted: {len(finished)} of {len(trials)} trials", file=sys.stderr)
@@ -1197,12 +1211,12 @@ def main() -> int:
             check_save(args.save, sample_trials(task.space, args.trials, args.seed), task)
         trials = search(task, args.trials, args.epochs, **options)
         if rank == 0:
-            stacks = round(sum(1 / trial.stack for trial in trials if trial.stack))
-            alone = sum(not trial.stack for trial in trials)
-            count = f"{len(trials)} trials in {stacks} stacks and {alone} alone, "
-            count = count if len(trials) > 1 else ""
-            seconds = f"{time.monotonic() - begun:.1f} s"
-            heading = f"{args.task}: {len(task.train_x)} rows, {count}{seconds}"
+            heading = f"{args.task}: {len(task.train_x)} rows, "
+            if len(trials) > 1:
+                stacks = round(sum(1 / trial.stack for trial in trials if trial.stack))
+                alone = sum(not trial.stack for trial in trials)
+                heading += f"{len(trials)} trials in {stacks} stacks and {alone} alone, "
+            heading += f"{time.monotonic() - begun:.1f} s"
             report(trials, heading, loss=task.score is None)
         if args.save and rank == 0:
             save_model(args.save, trials[0], task, args.epochs)
