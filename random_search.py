@@ -101,7 +101,7 @@ TASKS = {"xor": xor, "regression": regression}
 # What random numbers are for. Weights follow from the search's seed, the trial's repeat and number;
 # the order of rows and dropout from seed and repeat alone, so that trials compare on equal terms.
 SPACE, WEIGHTS, ORDER, DROPOUT = range(1, 5)
-LOOP = {"batch_size", "epochs"}  # hyperparameters of the training loop
+LOOP = {"batch_size", "epochs"}  # what train_alone takes; add the names that your loop reads
 ONE_AT_A_TIME = threading.RLock()  # random numbers are the whole process's
 signature = functools.cache(inspect.signature)  # it takes 80 us
 
@@ -130,7 +130,6 @@ def sample_hyperparams(space: dict | Callable, seed: int, number: int) -> dict:
     generator = np.random.default_rng([SPACE, seed, number])
     if callable(space):  # where one value depends on another
         space = {name: [value] for name, value in space(generator).items()}
-    require(isinstance(space, dict), "space must be a dict, or a function that returns one")
     sample = {}
     for name, values in space.items():
         if callable(values):
@@ -150,13 +149,13 @@ def seed_everything(*entropy: int) -> None:
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    every = torch if torch.accelerator.is_available() else torch.default_generator
-    every.manual_seed(seed)  # torch's own looks for devices, for 0.5 ms
+    generator = torch if torch.accelerator.is_available() else torch.default_generator
+    generator.manual_seed(seed)  # torch's own looks for devices, for 0.5 ms
     torch.set_flush_denormal(True)  # of this thread; tiny gradients would be 3 to 15 times slower
 
 
 @contextlib.contextmanager
-def told(trial: Trial) -> Iterator[None]:
+def error_note(trial: Trial) -> Iterator[None]:
     """Add what trial it is to an error of the reader's own code."""
     try:
         yield
@@ -168,10 +167,9 @@ def told(trial: Trial) -> Iterator[None]:
 def taken_by(function: Callable, hyperparams: dict) -> dict:
     """Those of hyperparams that function has arguments for; copies, which it may change."""
     parameters = signature(function).parameters
-    names = {*parameters}
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        names |= hyperparams.keys() - LOOP
-    return {name: copy.deepcopy(hyperparams[name]) for name in hyperparams if name in names}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [n for n in hyperparams if n in parameters or (takes_all and n not in LOOP)]
+    return {name: copy.deepcopy(hyperparams[name]) for name in names}
 
 
 def make_model(trial: Trial, task: Task) -> nn.Module:
@@ -207,9 +205,8 @@ def evaluate(model: nn.Module, task: Task) -> float:
     outputs = torch.cat([model(x.clone()) for x in task.valid_x.split(1024)])  # may change x, y
     if outputs.isnan().any():
         return math.nan  # an accuracy would be of class 0, argmax's of NaN
-    if task.score:
-        return float(task.score(outputs, task.valid_y.clone()))
-    return -float(task.loss(outputs, task.valid_y.clone()))
+    y = task.valid_y.clone()
+    return float(task.score(outputs, y) if task.score else -task.loss(outputs, y))
 
 
 # ==== 3. The search ==============================================================================
@@ -220,7 +217,7 @@ def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial,
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # glibc keeps memory once a large block was freed
     waiting = defaultdict(list)  # for others of the same structure
     for trial in trials:
-        with told(trial):
+        with error_note(trial):
             model = make_model(trial, task)
             kind = structure(trial, model, task)
             if kind is None:
@@ -239,12 +236,12 @@ def train_and_evaluate(trials: list[Trial], task: Task | Callable, epochs: int) 
     if isinstance(task, Task):
         for trial, model in train(trials, task, epochs):
             seed_everything(DROPOUT, trial.seed, trial.repeat)  # a score may draw
-            with told(trial):
+            with error_note(trial):
                 yield trial, evaluate(model, task)
     else:
         for trial in trials:
             seed_everything(WEIGHTS, trial.seed, trial.repeat)
-            with told(trial):
+            with error_note(trial):
                 yield trial, float(task(copy.deepcopy(trial.hyperparams)))
 
 
@@ -299,21 +296,20 @@ def random_search(
     with other random numbers, and the mean of these decides. On Ctrl-C what has finished returns.
     """
     numbers = [*dict.fromkeys(trials if isinstance(trials, Iterable) else range(trials))]
-    wholes = [seed, repeats, epochs, *numbers]
-    are_whole = all(isinstance(number, int | np.integer) and number >= 0 for number in wholes)
-    require(
-        are_whole and epochs and numbers, "trials, epochs: whole, from 1; seed, repeats: from 0"
-    )
+    counts = [seed, repeats, epochs, *numbers]
+    are_whole = all(isinstance(n, int | np.integer) and 0 <= n < 2**63 for n in counts)
+    require(are_whole and epochs and numbers, "trials, epochs: whole, from 1; seed, repeats from 0")
     trials = [Trial(int(n), sample_hyperparams(space, seed, n), int(seed)) for n in numbers]
-    again = repr([sample_hyperparams(space, seed, n) for n in numbers])  # as text: NaN is not NaN
-    require(again == repr([t.hyperparams for t in trials]), "space: draw from the generator alone")
+    samples = repr([sample_hyperparams(space, seed, n) for n in numbers])  # as text: NaN != NaN
+    is_same = samples == repr([trial.hyperparams for trial in trials])
+    require(is_same, "space: draw from the generator alone")
     if isinstance(task, Task):
         check(task, trials)
-    records = Log(log, name, trials, space, seed, epochs, task)
+    records = Log(log, name, trials, space, int(seed), int(epochs), task)
     finals = []
     with contextlib.closing(records.database), contextlib.suppress(KeyboardInterrupt):
         run(trials, task, epochs, records)
-        finals = [trial for trial in ranked(trials)[:5] if not math.isnan(trial.score)]
+        finals = ranked(trials)[:5]
         again = [replace(t, repeat=n + 1, score=None) for t in finals for n in range(repeats)]
         run(again, task, epochs, records)
         for trial in finals:
@@ -325,17 +321,18 @@ def random_search(
 def check(task: Task, trials: list[Trial]) -> None:
     """Raise InputError for what would go wrong silently."""
     require(task.score is not task.loss, "score: higher is better; leave it out for -loss")
-    require(callable(task.optimizer), "optimizer: a class of torch.optim, or a function")
-    loop = [trial.hyperparams.get(name, 1) for trial in trials for name in LOOP]
-    require(all(isinstance(n, int) and n > 0 for n in loop), "batch_size, epochs: whole, from 1")
+    sizes = [t.hyperparams.get(name, 1) for t in trials for name in ("batch_size", "epochs")]
+    require(all(isinstance(n, int) and n > 0 for n in sizes), "batch_size, epochs: whole, from 1")
     names = {name: None for trial in trials for name in trial.hyperparams}
     taken = LOOP | taken_by(task.build_model, names).keys() | taken_by(task.optimizer, names).keys()
     require(names.keys() <= taken, f"space: {names.keys() - taken} not of build_model, optimizer")
-    with told(trials[0]), torch.no_grad():
+    with error_note(trials[0]), torch.no_grad():
         model = make_model(trials[0], task)
-        require(make_model(trials[0], task) is not model, "build_model: a new model each time")
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        are_new = trained.isdisjoint(make_model(trials[0], task).parameters())
         outputs = ["rows", *model.eval()(task.train_x[:2].clone()).shape[1:]]
-    for x, y in task[:2], task[2:4]:
+    require(are_new, "build_model must make new parameters each time")
+    for x, y in (task.train_x, task.train_y), (task.valid_x, task.valid_y):
         require(0 < len(x) == len(y), f"x has {len(x)} rows and y {len(y)}")
         targets = ["rows", *y.shape[1:]]
         is_alike = len(outputs) == len(targets) or 1 not in outputs + targets
@@ -380,7 +377,8 @@ def settings_of(task: Task, hyperparams: dict) -> list[float] | None:
     optimizer = getattr(task.optimizer, "func", task.optimizer)  # of a functools.partial
     given = getattr(task.optimizer, "keywords", {}) | taken_by(task.optimizer, hyperparams)
     are_numbers = all(isinstance(value, int | float) and value >= 0 for value in given.values())
-    if optimizer not in STEPS or not given.keys() <= {*SETTINGS} or not are_numbers:
+    is_known = type(task.optimizer) in (type, functools.partial) and optimizer in STEPS
+    if not is_known or not given.keys() <= {*SETTINGS} or not are_numbers:
         return None
     known = {name: value.default for name, value in signature(optimizer).parameters.items()} | given
     is_plain = optimizer is optim.SGD and not known["momentum"] and not known["weight_decay"]
@@ -401,7 +399,7 @@ def structure(trial: Trial, model: nn.Module, task: Task) -> tuple | None:
         and all(layer.training and "forward" not in vars(layer) for layer in [model, *layers])
         and [*map(id, parameters)] == [id(p) for own in linears for p in (own.weight, own.bias)]
         and len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters) > 0
-        and all(parameter.requires_grad for parameter in parameters)
+        and all(type(p) is nn.Parameter and p.requires_grad for p in parameters)
         and {p.dtype for p in [*parameters, task.train_x]} == {torch.float32}
         and not any(getattr(part, f"_{name}_hooks", None) for part in parts for name in HOOKS)
         and not nn.modules.module._has_any_global_hook()
@@ -409,20 +407,11 @@ def structure(trial: Trial, model: nn.Module, task: Task) -> tuple | None:
     )
     if not is_known:
         return None
-    size = sum(parameter.numel() for parameter in parameters)
-    most = math.ceil((2**20 if task.train_x.is_cpu else 2**27) / size)  # fits a CPU's caches
     batch_size = min(trial.hyperparams.get("batch_size", math.inf), len(task.train_x))
-    steps = trial.repeat, batch_size, trial.hyperparams.get("epochs"), len(settings)
+    size = sum(own.weight.numel() + batch_size * own.out_features // 16 for own in linears)
+    most = math.ceil((2**20 if task.train_x.is_cpu else 2**27) / size)  # fits a CPU's caches
+    steps = trial.seed, trial.repeat, batch_size, trial.hyperparams.get("epochs"), len(settings)
     return most, *steps, *map(type, layers), *(parameter.shape for parameter in parameters)
-
-
-def stack_parameters(layers: tuple[nn.Module, ...]) -> Iterator[tuple[Tensor, dict]]:
-    """The parameters of like layers, [trials, rows, columns], each with an optimizer's state."""
-    for parameters in zip(*(layer.parameters() for layer in layers), strict=True):
-        stacked = torch.stack([torch.atleast_2d(parameter.data) for parameter in parameters])
-        for parameter, own in zip(parameters, stacked, strict=True):
-            parameter.data = own.view_as(parameter)  # so that the models train with it
-        yield stacked, defaultdict(functools.partial(torch.zeros_like, stacked), step=0)
 
 
 def loss_gradient(task: Task, outputs: Tensor, y: Tensor, trials: tuple[Trial, ...]) -> Tensor:
@@ -432,25 +421,25 @@ def loss_gradient(task: Task, outputs: Tensor, y: Tensor, trials: tuple[Trial, .
         return (outputs - y) * (2 / y.numel())
     if task.loss is F.cross_entropy and is_alike:  # y holds probabilities, perhaps one-hot
         return (outputs.softmax(2) * y.sum(1, keepdim=True) - y) / len(y)
-    total = 0
+    gradients = []
     with torch.enable_grad():
         for trial, own in zip(trials, outputs.requires_grad_(), strict=True):
-            with told(trial):
-                total = total + task.loss(own.clone(), y.clone())  # which it may change
-    return torch.autograd.grad(total, outputs)[0]
+            with error_note(trial):
+                loss = task.loss(own.clone(), y.clone())  # which it may change
+                gradients.append(torch.autograd.grad(loss, own)[0])
+    return torch.stack(gradients)
 
 
 def with_masks(steps: Iterable[tuple], trial: Trial, models: tuple, width: int) -> Iterator[tuple]:
     """x [rows, width] and y of steps, and what dropout multiplies by, [trials, rows, its width]."""
     widths = []  # of the dropout layers
-    rates = []
-    for layers in zip(*models, strict=True):
-        width = getattr(layers[0], "out_features", width)
-        if type(layers[0]) is nn.Dropout:
+    for layer in models[0]:
+        width = getattr(layer, "out_features", width)
+        if type(layer) is nn.Dropout:
             widths.append(width)
-            rates += [[layer.p for layer in layers]] * width
-    rates = next(models[0].parameters()).new_tensor(rates).view(sum(widths), len(models))
-    rates = rates.mT.contiguous()[:, None]  # [trials, 1, all widths]
+    rates = [[layer.p for layer in model if type(layer) is nn.Dropout] for model in models]
+    rates = np.repeat(rates, np.array(widths, dtype=int), axis=1)
+    rates = next(models[0].parameters()).new_tensor(rates)[:, None]  # [trials, 1, all widths]
     thresholds = (rates * 2**16 - 2**15).clamp(max=2**15 - 1).short()
     factors = (1 / (1 - rates)).nan_to_num(posinf=0)  # at a rate of 1 nothing is kept
     bits = np.random.SFC64([DROPOUT, trial.seed, trial.repeat])
@@ -466,16 +455,20 @@ def with_masks(steps: Iterable[tuple], trial: Trial, models: tuple, width: int) 
 @torch.no_grad()
 def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -> list:
     """Train models of one structure, each as train_alone does, but for dropout's numbers."""
-    trials, models = zip(*stack, strict=True)
-    if len(models) == 1 and any(1 in parameter.shape for parameter in models[0].parameters()):
-        models *= 2  # a lone column would round otherwise
-        trials *= 2
+    has_column = any(1 in parameter.shape for parameter in stack[0][1].parameters())
+    copies = 2 if has_column and len(stack) == 1 else 1  # a lone column would round otherwise
+    trials, models = zip(*stack * copies, strict=True)
     settings = [settings_of(task, trial.hyperparams) for trial in trials]
     settings = task.train_x.new_tensor(settings).mT[:, :, None, None]  # each [trials, 1, 1]
     is_plain = len(settings) == 1
     step = STEPS[getattr(task.optimizer, "func", task.optimizer)]
-    layers = [(type(own[0]), *stack_parameters(own)) for own in zip(*models, strict=True)]
-    lowest = [kind for kind, *_ in layers].index(nn.Linear)
+    stacked, _ = torch.func.stack_module_state([*models])
+    values = (own if own.ndim == 3 else own[:, None] for own in stacked.values())
+    layers = []  # of each its type, weight and bias [trials, rows, columns] with their states
+    for layer in models[0]:
+        own = [next(values) for _ in layer.parameters()]
+        states = [defaultdict(functools.partial(torch.zeros_like, value), step=0) for value in own]
+        layers.append((type(layer), *zip(own, states, strict=True)))
     y = task.train_y
     if task.loss is F.cross_entropy and y.dtype == torch.int64 and y.ndim == 1 and y.min() >= 0:
         outputs = [layer.out_features for layer in models[0] if type(layer) is nn.Linear][-1]
@@ -485,25 +478,24 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
         x = x.expand(len(models), -1, -1)  # [trials, rows, inputs]
         kept = []  # of each layer, what its way back needs
         for kind, *parameters in layers:
-            held = x
             if kind is nn.Linear:
+                kept.append(x)
                 (weight, _), (bias, _) = parameters
                 x = torch.baddbmm(bias, x, weight.mT)
             elif kind is nn.Dropout:
-                held = next(masks)
-                x = x * held
+                kept.append(next(masks))
+                x = x * kept[-1]
             else:
                 x = x.relu() if kind is nn.ReLU else x.tanh()
-                held = x
-            kept.append(held)
+                kept.append(x)
         gradient = loss_gradient(task, x, y, trials)
         if is_plain:
             gradient = gradient * -settings[0]  # then all gradients below are steps
-        for place in reversed(range(lowest, len(layers))):
+        for place in reversed(range(len(layers))):
             kind, *parameters = layers[place]
             if kind is nn.Linear:
                 (weight, weight_state), (bias, bias_state) = parameters
-                below = torch.bmm(gradient, weight) if place > lowest else None
+                below = torch.bmm(gradient, weight) if place > 0 else None
                 for_bias = gradient.sum(1, keepdim=True)
                 if is_plain:  # no pass over memory for the gradient of the weight
                     weight.baddbmm_(gradient.mT, kept[place])
@@ -518,6 +510,8 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
                 gradient = torch.ops.aten.tanh_backward.default(gradient, kept[place])
             else:
                 gradient = gradient * kept[place]
+    for index, model in enumerate(models):
+        model.load_state_dict({name: value[index] for name, value in stacked.items()})
     return stack
 
 
@@ -526,17 +520,15 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
 RANK = int(os.environ.get("RANK", 0))  # of this process, among torchrun's
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # perhaps on several machines
 LIBRARIES = "site-packages", "dist-packages", os.path.dirname(os.__file__)
-TABLE = (
-    "trials (search, name, seed, number, repeat, score REAL, hyperparams,"
-    " UNIQUE (search, number, repeat))"
-)
+COLUMNS = "search, name, seed, number, repeat, score, hyperparams, UNIQUE (search, number, repeat)"
+INSERT = "INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
 def my_parts(trials: list[Trial], task: Task | Callable) -> Iterator[list[Trial]]:
     """Parts of trials, of a function one by one; each process takes the next when it is free."""
     groups = defaultdict(list)  # of those that may train together
     for trial in trials:
-        fixed = {n: v for n, v in trial.hyperparams.items() if not isinstance(v, float)}
+        fixed = {n: v for n, v in trial.hyperparams.items() if isinstance(v, int | str)}
         groups[repr((trial.repeat, fixed))].append(trial)
     most = max(8, len(trials) // (8 * PROCESSES)) if isinstance(task, Task) else 1
     parts = [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
@@ -547,11 +539,16 @@ def my_parts(trials: list[Trial], task: Task | Callable) -> Iterator[list[Trial]
         yield parts[part - 1]
 
 
+def names_in(code: CodeType) -> set[str]:
+    """The names that a function looks up, and those of the functions within it."""
+    within = [names_in(value) for value in code.co_consts if isinstance(value, CodeType)]
+    return {*code.co_names}.union(*within)
+
+
 class KeyPickler(pickle.Pickler):
     """Writes bytes that are equal for what acts the same, in every process."""
 
-    def persistent_id(self, value):
-        """What is pickled for a value, by these rules too; None: what pickle itself takes."""
+    def persistent_id(self, value):  # what is pickled for it, in turn; None: what pickle takes
         if isinstance(value, Tensor):
             return value.device.type, value.detach().cpu().numpy()
         if isinstance(value, set | frozenset):  # in another order in each process
@@ -563,11 +560,12 @@ class KeyPickler(pickle.Pickler):
             return value.__qualname__, codes
         if not inspect.isfunction(value):
             return None
-        held = inspect.getclosurevars(value)
-        read = [(n, v) for n, v in held.globals.items() if not inspect.ismodule(v)]
-        if hasattr(sys.modules.get(value.__module__), "__file__"):
-            read = []  # the text of the file is in the key
-        return value.__code__, value.__defaults__, value.__kwdefaults__, held.nonlocals, read
+        code = value.__code__
+        names = [] if os.path.isfile(code.co_filename) else sorted(names_in(code))
+        read = [(name, value.__globals__.get(name)) for name in names]
+        read = [(name, own) for name, own in read if not inspect.ismodule(own)]
+        held = value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals
+        return value.__module__, code, held, read
 
 
 def search_key(*search) -> str:
@@ -575,8 +573,9 @@ def search_key(*search) -> str:
     files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
     own = [f for f in files if f.endswith(".py") and not any(part in f for part in LIBRARIES)]
     trees = [ast.parse(Path(file).read_bytes()) for file in own if os.path.isfile(file)]
-    for tree in trees:  # what is under if __name__ == "__main__" may change: how many trials, say
-        tree.body = [n for n in tree.body if "'__main__'" not in ast.dump(getattr(n, "test", n))]
+    guard = "if __name__ == '__main__':"  # what is under it may change: how many trials, say
+    for tree in trees:
+        tree.body = [node for node in tree.body if not ast.unparse(node).startswith(guard)]
     key = hashlib.sha256()
     pickler = KeyPickler(SimpleNamespace(write=key.update))
     pickler.fast = True  # no references to what came before: they may differ
@@ -595,14 +594,14 @@ class Log:
         self.search = search_key(name, *search) if path or PROCESSES > 1 else ""
         self.database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
         tables = [*self.database.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")]
-        require(not tables or (f"CREATE TABLE {TABLE}",) in tables, f"{path}: not a log of trials")
-        require(self.database.execute("PRAGMA quick_check").fetchone() == ("ok",), f"{path} is torn")
-        self.database.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
+        is_log = not tables or (f"CREATE TABLE trials ({COLUMNS})",) in tables
+        is_sound = self.database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+        require(is_log and is_sound, f"{path} is torn, or not a log of trials")
+        create = f"CREATE TABLE IF NOT EXISTS trials ({COLUMNS})"
+        self.database.executescript(f"BEGIN IMMEDIATE; {create}; COMMIT")  # or it is read-only
         with contextlib.suppress(sqlite3.OperationalError):  # another process does the same
             # A row then takes 15 us, not some ms; a kill loses none, a power cut the last ones.
             self.database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        query = "INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?)"
-        self.insert = functools.partial(self.database.executemany, query)
         there = len(trials) - len(self.exchange(trials))
         query = "SELECT count(*) FROM trials WHERE search != ? AND repeat = 0"
         ((others,),) = self.database.execute(query, [self.search])
@@ -612,7 +611,7 @@ class Log:
     def add(self, trial: Trial, score: float) -> None:
         trial.score = score if score > -math.inf else math.nan  # which SQLite keeps as NULL
         row = self.search, self.name, trial.seed, trial.number, trial.repeat, trial.score
-        self.insert([(*row, json.dumps(trial.hyperparams, default=str))])
+        self.database.execute(INSERT, (*row, json.dumps(trial.hyperparams, default=str)))
 
     def exchange(self, trials: list[Trial]) -> list[Trial]:
         """Take the rows of all processes, set what they say of trials; return the other trials."""
@@ -627,7 +626,7 @@ class Log:
             are_same = all(theirs == mine for theirs, _ in everyones)
             require(are_same, "the processes differ in trials, space, settings, data or code")
             rows = [row for _, others in everyones for row in others]
-            self.insert(rows)
+            self.database.executemany(INSERT, rows)
         scores = {(row[3], row[4]): math.nan if row[5] is None else row[5] for row in rows}
         for trial in trials:
             trial.score = scores.get((trial.number, trial.repeat))
@@ -686,14 +685,14 @@ def main() -> int:
     except (InputError, sqlite3.Error) as error:
         parser.error(str(error))
     if RANK == 0 and trials:
-        print(f"{args.task}: {len(trials)} trials, {time.monotonic() - begun:.1f} s")
-        report(trials, sign=1 if task.score else -1)
         if args.save:
             ((_, model),) = train(trials[:1], task, args.epochs)
             kept = {"hyperparams": trials[0].hyperparams, "state_dict": model.state_dict()}
             torch.save(kept, args.save)
+        print(f"{args.task}: {len(trials)} trials, {time.monotonic() - begun:.1f} s")
+        report(trials, sign=1 if task.score else -1)
     is_whole = len(trials) == len(numbers) and len(trials[0].repeats) == args.repeats
-    return 0 if is_whole or trials and math.isnan(trials[0].score) else 130
+    return 0 if is_whole else 130  # as after Ctrl-C
 
 
 if __name__ == "__main__":
