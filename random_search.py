@@ -178,24 +178,25 @@ def make_model(trial: Trial, task: Task) -> nn.Module:
     return task.build_model(**taken_by(task.build_model, trial.hyperparams)).to(task.train_x.device)
 
 
-def batches(trial: Trial, task: Task, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """x [batch_size, ...] and y of each step, in another order each epoch."""
-    x = task.train_x
+def each_epoch(trial: Trial, task: Task, epochs: int) -> Iterator[Iterator[tuple]]:
+    """The batches of each epoch, x [batch_size, ...] and y, in another order each time."""
+    x, y = task.train_x, task.train_y
     generator = np.random.default_rng([ORDER, trial.seed, trial.repeat])
-    for _ in range(trial.hyperparams.get("epochs", epochs)):
+    for _ in range(trial.hyperparams.get("epochs", epochs)):  # a hyperparameter goes before
         order = torch.from_numpy(generator.permutation(len(x))).to(x.device, non_blocking=True)
-        for rows in order.split(trial.hyperparams.get("batch_size", len(x))):
-            yield x.index_select(0, rows), task.train_y.index_select(0, rows)
+        parts = order.split(trial.hyperparams.get("batch_size", len(x)))
+        yield ((x.index_select(0, rows), y.index_select(0, rows)) for rows in parts)
 
 
 def train_alone(trial: Trial, model: nn.Module, task: Task, epochs: int) -> None:
-    """What a trial is. Add a schedule, clipping, early stopping here, and set stack=False."""
+    """Train a model: a schedule, clipping, early stopping go here, with stack=False in the task."""
     optimizer = task.optimizer(model.parameters(), **taken_by(task.optimizer, trial.hyperparams))
     seed_everything(DROPOUT, trial.seed, trial.repeat)
-    for x, y in batches(trial, task, epochs):
-        optimizer.zero_grad()
-        task.loss(model(x), y).backward()
-        optimizer.step()
+    for batches in each_epoch(trial, task, epochs):
+        for x, y in batches:
+            optimizer.zero_grad()
+            task.loss(model(x), y).backward()
+            optimizer.step()
 
 
 @torch.no_grad()
@@ -473,7 +474,7 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
     if task.loss is F.cross_entropy and y.dtype == torch.int64 and y.ndim == 1 and y.min() >= 0:
         outputs = [layer.out_features for layer in models[0] if type(layer) is nn.Linear][-1]
         task = task._replace(train_y=F.one_hot(y, outputs).float())
-    steps = batches(trials[0], task, epochs)
+    steps = (step for batches in each_epoch(trials[0], task, epochs) for step in batches)
     for x, y, masks in with_masks(steps, trials[0], models, task.train_x.shape[1]):
         x = x.expand(len(models), -1, -1)  # [trials, rows, inputs]
         kept = []  # of each layer, what its way back needs
