@@ -2,11 +2,11 @@
 
     python random_search.py --task regression --trials 1000 --log trials.db --save best.pt
 
-A trial is what train_alone does, ten lines of plain PyTorch; section 4 does the same for many
-trials at once, where it knows all their layers and their optimizer. On a CPU a trial's score is a
-function of its number and the search's seed, to the last bit: alone, among any others, on any
-number of processes, resumed or not. Left out on purpose: samplers that learn from trials, trials
-that end early (take Optuna), clusters (Ray Tune), plots (the log is a table that others read).
+A trial trains one net, as train_alone does in ten lines of plain PyTorch; section 4 trains many at
+once, where it knows all their layers and their optimizer. On a CPU a trial's score is a function of
+its number and the search's seed, to the last bit: alone, among any others, on any number of
+processes, resumed or not. Left out on purpose: samplers that learn from trials, pruning of trials
+that start badly (take Optuna), clusters (Ray Tune), plots (the log is a table: take what you like).
 See Bergstra and Bengio, "Random Search for Hyper-Parameter Optimization", JMLR 13, 2012.
 """
 
@@ -47,7 +47,6 @@ torch.set_num_threads(1)  # more would wait for each other at every layer: use p
 # ==== 1. Edit here: the space, the model, the data ===============================================
 
 # A value is a list, each element equally likely, or a function of a numpy.random.Generator.
-# batch_size and epochs are the training loop's; the rest goes by name to build_model, optimizer.
 HYPERPARAMS = {
     "lr": np.linspace(0.001, 0.1, 100),  # or: lambda generator: 10 ** generator.uniform(-4, -1)
     "batch_size": [16, 32, 64, 128],
@@ -55,6 +54,8 @@ HYPERPARAMS = {
     "num_layers": [1, 2, 3, 4],
     "dropout": [0.1, 0.2, 0.3, 0.4, 0.5],
 }
+# What train_alone reads, or your loop there. The rest goes by name to build_model and optimizer.
+LOOP = {"batch_size", "epochs"}
 
 
 def mlp(inputs, outputs, hidden_size, num_layers, dropout) -> nn.Module:
@@ -70,11 +71,11 @@ class Task(NamedTuple):
     train_y: Tensor  # [rows, outputs] of floats, or [rows] of classes
     valid_x: Tensor  # the rows that score a trial
     valid_y: Tensor
-    build_model: Callable[..., nn.Module]  # of hyperparameters
-    loss: Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, as F.mse_loss is
-    score: Callable | None = None  # of the same, for the valid rows; higher is better; None: -loss
-    optimizer: Callable = optim.SGD  # of parameters and hyperparameters
-    stack: bool = True  # False: every trial trains in train_alone
+    build_model: Callable[..., nn.Module]  # takes hyperparameters by name
+    loss: Callable[[Tensor, Tensor], Tensor]  # of outputs and y, as F.mse_loss is
+    score: Callable | None = None  # of the same, of the valid rows; higher is better; None: -loss
+    optimizer: Callable = optim.SGD  # takes parameters, and hyperparameters by name
+    stack: bool = True  # False: every trial trains in train_alone; needed once that is edited
 
 
 def xor() -> Task:
@@ -101,13 +102,12 @@ TASKS = {"xor": xor, "regression": regression}
 # What random numbers are for. Weights follow from the search's seed, the trial's repeat and number;
 # the order of rows and dropout from seed and repeat alone, so that trials compare on equal terms.
 SPACE, WEIGHTS, ORDER, DROPOUT = range(1, 5)
-LOOP = {"batch_size", "epochs"}  # what train_alone takes; add the names that your loop reads
-ONE_AT_A_TIME = threading.RLock()  # random numbers are the whole process's
+ONE_AT_A_TIME = threading.RLock()  # threads share the state of random numbers
 signature = functools.cache(inspect.signature)  # it takes 80 us
 
 
 class InputError(ValueError):
-    """What the reader can mend in what he wrote: one line on the command line."""
+    """What the reader can mend in what he gave; on the command line one line, no traceback."""
 
 
 def require(condition: bool, message: str) -> None:  # an assert would be gone under -O
@@ -150,7 +150,7 @@ def seed_everything(*entropy: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     generator = torch if torch.accelerator.is_available() else torch.default_generator
-    generator.manual_seed(seed)  # torch's own looks for devices, for 0.5 ms
+    generator.manual_seed(seed)  # torch.manual_seed looks for devices, 0.5 ms
     torch.set_flush_denormal(True)  # of this thread; tiny gradients would be 3 to 15 times slower
 
 
@@ -165,7 +165,7 @@ def error_note(trial: Trial) -> Iterator[None]:
 
 
 def taken_by(function: Callable, hyperparams: dict) -> dict:
-    """Those of hyperparams that function has arguments for; copies, which it may change."""
+    """Those of hyperparams that function has arguments for, as copies: it may change them."""
     parameters = signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     names = [n for n in hyperparams if n in parameters or (takes_all and n not in LOOP)]
@@ -201,11 +201,11 @@ def train_alone(trial: Trial, model: nn.Module, task: Task, epochs: int) -> None
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task) -> float:
-    """The score of a trained model, on the rows that did not train it."""
+    """The score of a trained model on the valid rows; leaves it in eval mode."""
     model.eval()
-    outputs = torch.cat([model(x.clone()) for x in task.valid_x.split(1024)])  # may change x, y
+    outputs = torch.cat([model(x.clone()) for x in task.valid_x.split(1024)])  # it may change x
     if outputs.isnan().any():
-        return math.nan  # an accuracy would be of class 0, argmax's of NaN
+        return math.nan  # or argmax would take it for class 0
     y = task.valid_y.clone()
     return float(task.score(outputs, y) if task.score else -task.loss(outputs, y))
 
@@ -214,19 +214,19 @@ def evaluate(model: nn.Module, task: Task) -> float:
 
 
 def train(trials: list[Trial], task: Task, epochs: int) -> Iterator[tuple[Trial, nn.Module]]:
-    """Train trials, those of one structure together; yield each with its trained model."""
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # glibc keeps memory once a large block was freed
+    """Train trials, those of one structure together; yield each with its model, as it is done."""
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # for speed: glibc then keeps what is freed
     waiting = defaultdict(list)  # for others of the same structure
     for trial in trials:
         with error_note(trial):
             model = make_model(trial, task)
             kind = structure(trial, model, task)
-            if kind is None:
+            if kind is None:  # section 4 does not know it all, or stack=False
                 train_alone(trial, model, task, epochs)
                 yield trial, model
                 continue
         waiting[kind].append((trial, model))
-        if len(waiting[kind]) == kind[0]:  # as many as are fastest
+        if len(waiting[kind]) == kind[0]:  # the fastest size of a stack
             yield from train_stack(waiting.pop(kind), task, epochs)
     for stack in waiting.values():
         yield from train_stack(stack, task, epochs)
@@ -241,14 +241,14 @@ def train_and_evaluate(trials: list[Trial], task: Task | Callable, epochs: int) 
                 yield trial, evaluate(model, task)
     else:
         for trial in trials:
-            seed_everything(WEIGHTS, trial.seed, trial.repeat)
+            seed_everything(WEIGHTS, trial.seed, trial.repeat)  # all on equal terms
             with error_note(trial):
                 yield trial, float(task(copy.deepcopy(trial.hyperparams)))
 
 
 def run(trials: list[Trial], task: Task | Callable, epochs: int, log: "Log") -> None:
-    """Score those of trials that the log does not have, in turn with the other processes."""
-    missing = log.exchange(trials)
+    """Score those of trials that the log does not have, shared out among the processes."""
+    missing = log.exchange(trials)  # the others have their scores now
     parts = my_parts(missing, task) if PROCESSES > 1 else [missing]
     results = (result for part in parts for result in train_and_evaluate(part, task, epochs))
     begun = shown = time.monotonic()
@@ -260,7 +260,7 @@ def run(trials: list[Trial], task: Task | Callable, epochs: int, log: "Log") -> 
             print(f"{line:60}", end="\r", file=sys.stderr, flush=True)
     if shown > begun:
         print(" " * 60, end="\r", file=sys.stderr, flush=True)
-    log.exchange(trials)
+    log.exchange(trials)  # for the scores of the other processes
 
 
 def ranked(trials: list[Trial]) -> list[Trial]:
@@ -271,7 +271,7 @@ def ranked(trials: list[Trial]) -> list[Trial]:
 
 @contextlib.contextmanager
 def random_numbers_restored() -> Iterator[None]:
-    """After it the reader's own random numbers go on as if nothing had been; one at a time."""
+    """After it the caller's random numbers go on as if nothing had been; one thread at a time."""
     with ONE_AT_A_TIME, torch.random.fork_rng(), contextlib.ExitStack() as at_the_end:
         at_the_end.callback(random.setstate, random.getstate())
         at_the_end.callback(np.random.set_state, np.random.get_state())
@@ -290,11 +290,11 @@ def random_search(
     log: str | None = None,
     name: str = "",
 ) -> list[Trial]:
-    """Score trials 0 to trials - 1, or those of the numbers trials; return them, the best first.
+    """Score trials 0 to trials - 1, or those numbers; return what has finished, the best first.
 
     task is a Task, or a function of hyperparams that returns a score, higher is better. Trials that
     the file log has of this search do not run again. The five best then run again repeats times,
-    with other random numbers, and the mean of these decides. On Ctrl-C what has finished returns.
+    with other random numbers, and the mean of these ranks them. Ctrl-C returns what has finished.
     """
     numbers = [*dict.fromkeys(trials if isinstance(trials, Iterable) else range(trials))]
     counts = [seed, repeats, epochs, *numbers]
@@ -326,7 +326,7 @@ def check(task: Task, trials: list[Trial]) -> None:
     require(all(isinstance(n, int) and n > 0 for n in sizes), "batch_size, epochs: whole, from 1")
     names = {name: None for trial in trials for name in trial.hyperparams}
     taken = LOOP | taken_by(task.build_model, names).keys() | taken_by(task.optimizer, names).keys()
-    require(names.keys() <= taken, f"space: {names.keys() - taken} not of build_model, optimizer")
+    require(names.keys() <= taken, f"{names.keys() - taken} not of build_model, optimizer, LOOP")
     with error_note(trials[0]), torch.no_grad():
         model = make_model(trials[0], task)
         trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
