@@ -300,14 +300,12 @@ def random_search(
     counts = [seed, repeats, epochs, *numbers]
     are_whole = all(isinstance(n, int | np.integer) and 0 <= n < 2**63 for n in counts)
     require(are_whole and epochs and numbers, "trials, epochs: whole, from 1; seed, repeats from 0")
-    trials = [Trial(int(n), sample_hyperparams(space, seed, n), int(seed)) for n in numbers]
-    samples = repr([sample_hyperparams(space, seed, n) for n in numbers])  # as text: NaN != NaN
-    is_same = samples == repr([trial.hyperparams for trial in trials])
-    require(is_same, "space: draw from the generator alone")
+    samples, again = ([sample_hyperparams(space, seed, n) for n in numbers] for _ in range(2))
+    require(repr(samples) == repr(again), "space: draw from the generator alone")  # NaN != NaN
+    trials = [Trial(int(n), own, int(seed)) for n, own in zip(numbers, samples, strict=True)]
     if isinstance(task, Task):
         check(task, trials)
     records = Log(log, name, trials, space, int(seed), int(epochs), task)
-    finals = []
     with contextlib.closing(records.database), contextlib.suppress(KeyboardInterrupt):
         run(trials, task, epochs, records)
         finals = ranked(trials)[:5]
@@ -315,8 +313,8 @@ def random_search(
         run(again, task, epochs, records)
         for trial in finals:
             trial.repeats = [final.score for final in again if final.number == trial.number]
-        finals.sort(key=lambda t: -np.nan_to_num(np.mean(t.repeats or t.score), nan=-math.inf))
-    return finals + ranked(trials)[len(finals) :]
+    means = {t.number: np.nan_to_num(np.mean(t.repeats), nan=-np.inf) for t in trials if t.repeats}
+    return sorted(ranked(trials), key=lambda trial: -means.get(trial.number, -np.inf))
 
 
 def check(task: Task, trials: list[Trial]) -> None:
@@ -465,15 +463,13 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
     step = STEPS[getattr(task.optimizer, "func", task.optimizer)]
     stacked, _ = torch.func.stack_module_state([*models])
     values = (own if own.ndim == 3 else own[:, None] for own in stacked.values())
-    layers = []  # of each its type, weight and bias [trials, rows, columns] with their states
-    for layer in models[0]:
-        own = [next(values) for _ in layer.parameters()]
-        states = [defaultdict(functools.partial(torch.zeros_like, value), step=0) for value in own]
-        layers.append((type(layer), *zip(own, states, strict=True)))
+    pairs = ((v, defaultdict(functools.partial(torch.zeros_like, v), step=0)) for v in values)
+    # Of each layer its type, weight and bias, [trials, rows, columns], both with the step's state.
+    layers = [(type(layer), *(next(pairs) for _ in layer.parameters())) for layer in models[0]]
     y = task.train_y
     if task.loss is F.cross_entropy and y.dtype == torch.int64 and y.ndim == 1 and y.min() >= 0:
-        outputs = [layer.out_features for layer in models[0] if type(layer) is nn.Linear][-1]
-        task = task._replace(train_y=F.one_hot(y, outputs).float())
+        *_, last_bias = models[0].parameters()
+        task = task._replace(train_y=F.one_hot(y, len(last_bias)).float())
     steps = (step for batches in each_epoch(trials[0], task, epochs) for step in batches)
     for x, y, masks in with_masks(steps, trials[0], models, task.train_x.shape[1]):
         x = x.expand(len(models), -1, -1)  # [trials, rows, inputs]
@@ -492,25 +488,25 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
         gradient = loss_gradient(task, x, y, trials)
         if is_plain:
             gradient = gradient * -settings[0]  # then all gradients below are steps
-        for place in reversed(range(len(layers))):
-            kind, *parameters = layers[place]
+        for kind, *parameters in reversed(layers):
+            own = kept.pop()
             if kind is nn.Linear:
                 (weight, weight_state), (bias, bias_state) = parameters
-                below = torch.bmm(gradient, weight) if place > 0 else None
+                below = torch.bmm(gradient, weight) if kept else None  # the first layer
                 for_bias = gradient.sum(1, keepdim=True)
                 if is_plain:  # no pass over memory for the gradient of the weight
-                    weight.baddbmm_(gradient.mT, kept[place])
+                    weight.baddbmm_(gradient.mT, own)
                     bias.add_(for_bias)
                 else:
-                    step(weight, torch.bmm(gradient.mT, kept[place]), weight_state, *settings)
+                    step(weight, torch.bmm(gradient.mT, own), weight_state, *settings)
                     step(bias, for_bias, bias_state, *settings)
                 gradient = below
             elif kind is nn.ReLU:
-                gradient = torch.ops.aten.threshold_backward.default(gradient, kept[place], 0)
+                gradient = torch.ops.aten.threshold_backward.default(gradient, own, 0)
             elif kind is nn.Tanh:
-                gradient = torch.ops.aten.tanh_backward.default(gradient, kept[place])
+                gradient = torch.ops.aten.tanh_backward.default(gradient, own)
             else:
-                gradient = gradient * kept[place]
+                gradient = gradient * own
     for index, model in enumerate(models):
         model.load_state_dict({name: value[index] for name, value in stacked.items()})
     return stack
@@ -540,12 +536,6 @@ def my_parts(trials: list[Trial], task: Task | Callable) -> Iterator[list[Trial]
         yield parts[part - 1]
 
 
-def names_in(code: CodeType) -> set[str]:
-    """The names that a function looks up, and those of the functions within it."""
-    within = [names_in(value) for value in code.co_consts if isinstance(value, CodeType)]
-    return {*code.co_names}.union(*within)
-
-
 class KeyPickler(pickle.Pickler):
     """Writes bytes that are equal for what acts the same, in every process."""
 
@@ -561,27 +551,27 @@ class KeyPickler(pickle.Pickler):
             return value.__qualname__, codes
         if not inspect.isfunction(value):
             return None
-        code = value.__code__
-        names = [] if os.path.isfile(code.co_filename) else sorted(names_in(code))
-        read = [(name, value.__globals__.get(name)) for name in names]
-        read = [(name, own) for name, own in read if not inspect.ismodule(own)]
+        codes = [] if os.path.isfile(value.__code__.co_filename) else [value.__code__]
+        for code in codes:  # the list grows by the functions within
+            codes += [own for own in code.co_consts if isinstance(own, CodeType)]
+        names = sorted({name for code in codes for name in code.co_names})
+        read = [own for own in map(value.__globals__.get, names) if not inspect.ismodule(own)]
         held = value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals
-        return value.__module__, code, held, read
+        return value.__module__, value.__code__, held, read
 
 
 def search_key(*search) -> str:
     """Equal for searches of the same values, and of own files that do the same."""
     files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
     own = [f for f in files if f.endswith(".py") and not any(part in f for part in LIBRARIES)]
-    trees = [ast.parse(Path(file).read_bytes()) for file in own if os.path.isfile(file)]
+    bodies = [ast.parse(Path(file).read_bytes()).body for file in own if os.path.isfile(file)]
     guard = "if __name__ == '__main__':"  # what is under it may change: how many trials, say
-    for tree in trees:
-        tree.body = [node for node in tree.body if not ast.unparse(node).startswith(guard)]
+    code = sorted([c for c in map(ast.unparse, body) if not c.startswith(guard)] for body in bodies)
     key = hashlib.sha256()
     pickler = KeyPickler(SimpleNamespace(write=key.update))
     pickler.fast = True  # no references to what came before: they may differ
     try:
-        pickler.dump([torch.__version__, sorted(map(ast.dump, trees)), search])
+        pickler.dump([torch.__version__, code, search])
     except (pickle.PicklingError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"log: {error}, and so could not know this search again") from None
     return key.hexdigest()[:16]
@@ -628,7 +618,7 @@ class Log:
             require(are_same, "the processes differ in trials, space, settings, data or code")
             rows = [row for _, others in everyones for row in others]
             self.database.executemany(INSERT, rows)
-        scores = {(row[3], row[4]): math.nan if row[5] is None else row[5] for row in rows}
+        scores = {(n, r): math.nan if score is None else score for *_, n, r, score, _ in rows}
         for trial in trials:
             trial.score = scores.get((trial.number, trial.repeat))
         return [trial for trial in trials if trial.score is None]
