@@ -85,7 +85,7 @@ def xor() -> Task:
 
 
 def regression() -> Task:
-    """The article's 15 rows, standardised by those that train; every third one scores."""
+    """15 rows of a well-known tutorial, standardised by those that train; every third scores."""
     x = "3.3 4.4 5.5 6.71 6.93 4.168 9.779 6.182 7.59 2.167 7.042 10.791 5.313 7.997 3.1"
     y = "1.7 2.76 2.09 3.19 1.694 1.573 3.366 2.596 2.53 1.221 2.827 3.465 1.65 2.904 1.3"
     rows = torch.tensor([[float(a), float(b)] for a, b in zip(x.split(), y.split(), strict=True)])
@@ -99,11 +99,11 @@ TASKS = {"xor": xor, "regression": regression}
 
 # ==== 2. A trial =================================================================================
 
-# What random numbers are for. Weights follow from the search's seed, the trial's repeat and number;
-# the order of rows and dropout from seed and repeat alone, so that trials compare on equal terms.
+# Each seed begins with one of these, so that no two draw the same. Weights follow from the search's
+# seed, the trial's repeat and number; order and dropout from the first two: equal terms for all.
 SPACE, WEIGHTS, ORDER, DROPOUT = range(1, 5)
 ONE_AT_A_TIME = threading.RLock()  # threads share the state of random numbers
-signature = functools.cache(inspect.signature)  # it takes 80 us
+signature = functools.cache(inspect.signature)  # which takes 80 us
 
 
 class InputError(ValueError):
@@ -149,8 +149,8 @@ def seed_everything(*entropy: int) -> None:
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    generator = torch if torch.accelerator.is_available() else torch.default_generator
-    generator.manual_seed(seed)  # torch.manual_seed looks for devices, 0.5 ms
+    seeder = torch if torch.accelerator.is_available() else torch.default_generator
+    seeder.manual_seed(seed)  # torch's own is for devices too, and looks for them, 0.5 ms
     torch.set_flush_denormal(True)  # of this thread; tiny gradients would be 3 to 15 times slower
 
 
@@ -182,10 +182,10 @@ def each_epoch(trial: Trial, task: Task, epochs: int) -> Iterator[Iterator[tuple
     """The batches of each epoch, x [batch_size, ...] and y, in another order each time."""
     x, y = task.train_x, task.train_y
     generator = np.random.default_rng([ORDER, trial.seed, trial.repeat])
-    for _ in range(trial.hyperparams.get("epochs", epochs)):  # a hyperparameter goes before
+    for _ in range(trial.hyperparams.get("epochs", epochs)):  # the space's go first
         order = torch.from_numpy(generator.permutation(len(x))).to(x.device, non_blocking=True)
-        parts = order.split(trial.hyperparams.get("batch_size", len(x)))
-        yield ((x.index_select(0, rows), y.index_select(0, rows)) for rows in parts)
+        batches = order.split(trial.hyperparams.get("batch_size", len(x)))
+        yield ((x.index_select(0, rows), y.index_select(0, rows)) for rows in batches)
 
 
 def train_alone(trial: Trial, model: nn.Module, task: Task, epochs: int) -> None:
@@ -253,7 +253,7 @@ def run(trials: list[Trial], task: Task | Callable, epochs: int, log: "Log") -> 
     results = (result for part in parts for result in train_and_evaluate(part, task, epochs))
     begun = shown = time.monotonic()
     for done, (trial, score) in enumerate(results, 1):
-        log.add(trial, score)
+        log.add(trial, score)  # and set trial.score
         if time.monotonic() - shown > 0.5 and RANK == 0 and sys.stderr:
             shown = time.monotonic()
             line = f"{done} of {len(missing)} trials, best {ranked(trials)[0].score:.4g}"
@@ -297,16 +297,18 @@ def random_search(
     with other random numbers, and the mean of these ranks them. Ctrl-C returns what has finished.
     """
     numbers = [*dict.fromkeys(trials if isinstance(trials, Iterable) else range(trials))]
-    counts = [seed, repeats, epochs, *numbers]
-    are_whole = all(isinstance(n, int | np.integer) and 0 <= n < 2**63 for n in counts)
+    whole = [seed, repeats, epochs, *numbers]
+    are_whole = all(isinstance(n, int | np.integer) and 0 <= n < 2**63 for n in whole)
     require(are_whole and epochs and numbers, "trials, epochs: whole, from 1; seed, repeats from 0")
     samples, again = ([sample_hyperparams(space, seed, n) for n in numbers] for _ in range(2))
-    require(repr(samples) == repr(again), "space: draw from the generator alone")  # NaN != NaN
+    is_same = repr(samples) == repr(again)  # as text: NaN is not NaN
+    require(is_same, "space: draw from the generator alone")
     trials = [Trial(int(n), own, int(seed)) for n, own in zip(numbers, samples, strict=True)]
     if isinstance(task, Task):
         check(task, trials)
-    records = Log(log, name, trials, space, int(seed), int(epochs), task)
-    with contextlib.closing(records.database), contextlib.suppress(KeyboardInterrupt):
+    database = sqlite3.connect(log or ":memory:", timeout=60, isolation_level=None)
+    with contextlib.closing(database), contextlib.suppress(KeyboardInterrupt):
+        records = Log(database, log, name, trials, space, int(seed), int(epochs), task)
         run(trials, task, epochs, records)
         finals = ranked(trials)[:5]
         again = [replace(t, repeat=n + 1, score=None) for t in finals for n in range(repeats)]
@@ -334,7 +336,7 @@ def check(task: Task, trials: list[Trial]) -> None:
     for x, y in (task.train_x, task.train_y), (task.valid_x, task.valid_y):
         require(0 < len(x) == len(y), f"x has {len(x)} rows and y {len(y)}")
         targets = ["rows", *y.shape[1:]]
-        is_alike = len(outputs) == len(targets) or 1 not in outputs + targets
+        is_alike = outputs == targets or 1 not in outputs + targets
         require(is_alike, f"outputs {outputs} and y {targets} would broadcast")
 
 
@@ -492,7 +494,7 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
             own = kept.pop()
             if kind is nn.Linear:
                 (weight, weight_state), (bias, bias_state) = parameters
-                below = torch.bmm(gradient, weight) if kept else None  # the first layer
+                below = torch.bmm(gradient, weight) if kept else None  # of the rows: not needed
                 for_bias = gradient.sum(1, keepdim=True)
                 if is_plain:  # no pass over memory for the gradient of the weight
                     weight.baddbmm_(gradient.mT, own)
@@ -580,10 +582,10 @@ def search_key(*search) -> str:
 class Log:
     """The finished trials of a search, in an SQLite database that may hold those of others."""
 
-    def __init__(self, path: str | None, name: str, trials: list[Trial], *search):
+    def __init__(self, database, path: str | None, name: str, trials: list[Trial], *search):
+        self.database = database
         self.name = name
         self.search = search_key(name, *search) if path or PROCESSES > 1 else ""
-        self.database = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
         tables = [*self.database.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")]
         is_log = not tables or (f"CREATE TABLE trials ({COLUMNS})",) in tables
         is_sound = self.database.execute("PRAGMA quick_check").fetchone() == ("ok",)
@@ -664,9 +666,10 @@ def main() -> int:
     begun = time.monotonic()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     options = {"seed": args.seed, "repeats": args.repeats, "log": args.log, "name": args.task}
+    task = TASKS[args.task]()
     try:
         numbers = range(*map(int, args.trials.split(":")))
-        task = Task(*(v.to(device) if isinstance(v, Tensor) else v for v in TASKS[args.task]()))
+        task = Task(*(v.to(device) if isinstance(v, Tensor) else v for v in task))
         if args.save and RANK == 0:
             open(args.save, "ab").close()  # it can be written, or the error comes now
     except (ValueError, OSError, RuntimeError, AssertionError) as error:

@@ -298,6 +298,7 @@ BAD = [
     ("45 rows and y 9", {"task": TASK._replace(train_y=CLASSES[:9])}),
     *((OUTPUTS, {"task": make_task(ONE.build_model, y=own)}) for own in (CLASSES, FLOATS[:, 0])),
     (OUTPUTS, {"task": ONE._replace(valid_y=CLASSES[45:])}),
+    (r"\['rows', 1\] and y \['rows', 3\]", {"task": make_task(ONE.build_model, y=X[:, :3])}),
     (r"\['rows'\] and y \['rows', 1\]", {"task": make_task(lambda **_: nn.Flatten(0), y=FLOATS)}),
 ]
 
@@ -487,8 +488,7 @@ def test_the_readmes_code_runs_and_shows_what_it_shows(tmp_path, monkeypatch):
         exec(block, {"__name__": "__main__"})
     line, table = re.search(r"python (random_s[^\n]*)\n\n```\n(.*?)```", text, re.S).groups()
     status, out, _ = call(line.partition(" ")[2] + " --save best.pt")
-    assert status == 0 and re.match(r"regression: 40 trials, [\d.]+ s\n", out)
-    assert out.splitlines()[1] in table  # numbers have other last digits on other processors
+    assert status == 0 and out.splitlines()[1] in table  # numbers differ by processor
     number, *_, mean, _, _ = table.splitlines()[2].split()
     task = rs.regression()
     (trial,) = rs.random_search(task, trials=[int(number)], epochs=150, repeats=5)
