@@ -311,10 +311,10 @@ def random_search(
         records = Log(database, log, name, trials, space, int(seed), int(epochs), task)
         run(trials, task, epochs, records)
         finals = ranked(trials)[:5]
-        again = [replace(t, repeat=n + 1, score=None) for t in finals for n in range(repeats)]
-        run(again, task, epochs, records)
+        reruns = [replace(t, repeat=n + 1, score=None) for t in finals for n in range(repeats)]
+        run(reruns, task, epochs, records)
         for trial in finals:
-            trial.repeats = [final.score for final in again if final.number == trial.number]
+            trial.repeats = [own.score for own in reruns if own.number == trial.number]
     means = {t.number: np.nan_to_num(np.mean(t.repeats), nan=-np.inf) for t in trials if t.repeats}
     return sorted(ranked(trials), key=lambda trial: -means.get(trial.number, -np.inf))
 
