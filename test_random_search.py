@@ -80,8 +80,8 @@ def test_the_finals_decide_by_the_mean_of_repeats():
 
 
 # ---- Many trials at once -------------------------------------------------------------------------
-def any_order(hidden_size, dropout):
-    first = nn.ReLU(), nn.Dropout(dropout), nn.Linear(6, hidden_size), nn.Linear(hidden_size, 5)
+def any_order(hidden_size, dropout, activation):
+    first = activation(), nn.Dropout(dropout), nn.Linear(6, hidden_size), nn.Linear(hidden_size, 5)
     last = nn.ReLU(True), nn.Tanh(), nn.Dropout(dropout), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()
     return nn.Sequential(*first, *last)
 
@@ -89,8 +89,8 @@ def any_order(hidden_size, dropout):
 ADAM = {"weight_decay": [0.0, 0.1], "lr": [0.001, 0.01]}
 STACKED = {  # a task, and what its space has besides
     "deep": (TASK, {"num_layers": [1, 2, 4]}),
-    "any order": (make_task(any_order), {}),
-    "sgd": (TASK, {"momentum": [0.0, 0.5, 0.9], "weight_decay": [0.0, 0.1]}),
+    "any order": (make_task(any_order), {"activation": [nn.ReLU, nn.Tanh]}),
+    "sgd": (TASK, {"weight_decay": [0.0, 0.1], "momentum": [0.0, 0.5, 0.9]}),
     "partial": (TASK._replace(optimizer=functools.partial(optim.SGD, momentum=0.9)), {}),
     "adam": (TASK._replace(optimizer=optim.Adam), ADAM),
     "adamw": (TASK._replace(optimizer=optim.AdamW), ADAM),
@@ -154,6 +154,7 @@ CHANGES = {
     "a layer twice": lambda m: m.append(m[-1]),
     "tied": lambda m: setattr(m[-1], "weight", m[-2].weight),
     "one memory": lambda m: setattr(m[-1].weight, "data", m[-2].weight.data),
+    "own class": lambda m: setattr(m[0], "bias", type("Own", (nn.Parameter,), {})(m[0].bias)),
     "frozen": lambda m: m[0].weight.requires_grad_(False),
     "a subclass": lambda m: nn.utils.parametrizations.weight_norm(m[0]),
     "no bias": lambda m: m.append(nn.Linear(3, 3, bias=False)),
