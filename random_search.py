@@ -445,11 +445,11 @@ def with_masks(steps: Iterable[tuple], trial: Trial, models: tuple, width: int) 
     factors = (1 / (1 - rates)).nan_to_num(posinf=0)  # at a rate of 1 nothing is kept
     bits = np.random.SFC64([DROPOUT, trial.seed, trial.repeat])
     for x, y in steps:
-        size = len(x) * sum(widths)
+        size = len(x) * sum(widths)  # of int16, four a number: drawn and compared in half the time
         noise = bits.random_raw(math.ceil(size / 4)).view(np.int16)[:size].reshape(len(x), -1)
         noise = torch.from_numpy(noise).to(x.device, non_blocking=True)
         masks = factors.new_empty(len(models), len(x), sum(widths))
-        torch.ge(noise, thresholds, out=masks).mul_(factors)
+        torch.ge(noise, thresholds, out=masks).mul_(factors)  # floats, no boolean in between
         yield x, y, iter(masks.split_with_sizes(widths, 2))
 
 
@@ -472,7 +472,7 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
     if task.loss is F.cross_entropy and y.dtype == torch.int64 and y.ndim == 1 and y.min() >= 0:
         *_, last_bias = models[0].parameters()
         task = task._replace(train_y=F.one_hot(y, len(last_bias)).float())
-    steps = (step for batches in each_epoch(trials[0], task, epochs) for step in batches)
+    steps = (batch for batches in each_epoch(trials[0], task, epochs) for batch in batches)
     for x, y, masks in with_masks(steps, trials[0], models, task.train_x.shape[1]):
         x = x.expand(len(models), -1, -1)  # [trials, rows, inputs]
         kept = []  # of each layer, what its way back needs
