@@ -97,7 +97,7 @@ STACKED = {  # a task, and what its space has besides
     "adamw's own decay": (TASK._replace(optimizer=optim.AdamW), {"lr": [0.001, 0.01]}),
     "epochs": (TASK, {"epochs": [3, 7]}),
     "a batch of one": (TASK, {"batch_size": [1], "epochs": [1]}),
-    "one output": (ONE, {}),
+    "one output, float64": (make_task(ONE.build_model, F.mse_loss, FLOATS.double()), {}),
     "three outputs": (make_task(net, F.mse_loss, X[:, 3:]), {}),
     "huber": (ONE._replace(loss=F.huber_loss), {}),
     "binary": (make_task(ONE.build_model, nn.BCEWithLogitsLoss(), (FLOATS > 0).float()), {}),
