@@ -80,23 +80,23 @@ def test_the_finals_decide_by_the_mean_of_repeats():
 
 
 # ---- Many trials at once -------------------------------------------------------------------------
-def any_order(hidden_size, dropout, activation):
-    first = activation(), nn.Dropout(dropout), nn.Linear(6, hidden_size), nn.Linear(hidden_size, 5)
-    last = nn.ReLU(True), nn.Tanh(), nn.Dropout(dropout), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()
-    return nn.Sequential(*first, *last)
+def any_order(width, dropout, activation):  # of 3 and 6 as many weights
+    first = activation(), nn.Dropout(dropout), nn.Linear(6, width), nn.Linear(width, 36 // width)
+    last = nn.ReLU(True), nn.Tanh(), nn.Dropout(dropout), nn.Tanh(), nn.Linear(36 // width, 3)
+    return nn.Sequential(*first, *last, nn.Tanh())
 
 
+ORDER = {"activation": [nn.ReLU, nn.Tanh], "width": [3, 6], "batch_size": [1, 45]}
 ADAM = {"weight_decay": [0.0, 0.1], "lr": [0.001, 0.01]}
 STACKED = {  # a task, and what its space has besides
     "deep": (TASK, {"num_layers": [1, 2, 4]}),
-    "any order": (make_task(any_order), {"activation": [nn.ReLU, nn.Tanh]}),
+    "any order": (make_task(any_order), ORDER),
     "sgd": (TASK, {"weight_decay": [0.0, 0.1], "momentum": [0.0, 0.5, 0.9]}),
     "partial": (TASK._replace(optimizer=functools.partial(optim.SGD, momentum=0.9)), {}),
     "adam": (TASK._replace(optimizer=optim.Adam), ADAM),
     "adamw": (TASK._replace(optimizer=optim.AdamW), ADAM),
     "adamw's own decay": (TASK._replace(optimizer=optim.AdamW), {"lr": [0.001, 0.01]}),
     "epochs": (TASK, {"epochs": [3, 7]}),
-    "a batch of one": (TASK, {"batch_size": [1], "epochs": [1]}),
     "one output, float64": (make_task(ONE.build_model, F.mse_loss, FLOATS.double()), {}),
     "three outputs": (make_task(net, F.mse_loss, X[:, 3:]), {}),
     "huber": (ONE._replace(loss=F.huber_loss), {}),
