@@ -441,7 +441,7 @@ def with_masks(steps: Iterable[tuple], trial: Trial, models: tuple, width: int) 
     rates = [[layer.p for layer in model if type(layer) is nn.Dropout] for model in models]
     rates = np.repeat(rates, np.array(widths, dtype=int), axis=1)
     rates = next(models[0].parameters()).new_tensor(rates)[:, None]  # [trials, 1, all widths]
-    thresholds = (rates * 2**16 - 2**15).clamp(max=2**15 - 1).short()
+    thresholds = (rates * 2**16 - 2**15).short()
     factors = (1 / (1 - rates)).nan_to_num(posinf=0)  # at a rate of 1 nothing is kept
     bits = np.random.SFC64([DROPOUT, trial.seed, trial.repeat])
     for x, y in steps:

@@ -359,11 +359,11 @@ DIFFERENT = {
     "rows": lambda n: X + n,
     "a function": lambda n: lambda: n,
     "a default": lambda n: lambda default=n: default,
-    "a module": lambda n: nn.CrossEntropyLoss(torch.ones(3) * n),
-    "an optimizer": lambda n: (optim.SGD, optim.Adam)[n - 1],
-    "code": lambda n: notebook(f"own = lambda x: x + {n}"),
+    "a keyword's default": lambda n: lambda *, default=n: default,
+    "code": lambda n: notebook(f"own = lambda x: x {'+-'[n - 1]} 3"),
     "code within": lambda n: notebook(f"own = lambda x: [y + {n} for y in x]"),
-    "names": lambda n: notebook("def own({}): return b".format(("a, b", "b, a")[n - 1])),
+    "an attribute": lambda n: notebook(f"own = lambda x: x.value_{n}"),
+    "arguments": lambda n: notebook(("own = lambda a, b: a", "own = lambda b, a: b")[n - 1]),
     "a helper": lambda n: notebook(f"def f(): return {n}\ndef own(): return [f() for _ in 'a']"),
     "a class": lambda n: notebook(f"class Own:\n def __call__(self): return {n}\nown = Own()"),
 }
@@ -372,8 +372,8 @@ DIFFERENT = {
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_a_search_is_known_by_all_that_decides_its_scores(what, monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # as in a notebook
-    first, again, other = (rs.search_key(DIFFERENT[what](n)) for n in (1, 1, 2))
-    assert first == again != other
+    one, same, other = (DIFFERENT[what](n) for n in (1, 1, 2))
+    assert rs.search_key(one, one) == rs.search_key(one, same) != rs.search_key(one, other)
 
 
 def test_a_search_is_known_by_files_but_for_comments_and_what_runs_it(tmp_path, monkeypatch):
