@@ -79,7 +79,6 @@ def test_the_finals_decide_by_the_mean_of_repeats():
     assert [trial.repeats for trial in found] == [[n] * 3 for n in finals[::-1]] + [[]] * 4
 
 
-# ---- Many trials at once -------------------------------------------------------------------------
 def any_order(width, dropout, activation):  # of 3 and 6 as many weights
     first = activation(), nn.Dropout(dropout), nn.Linear(6, width), nn.Linear(width, 36 // width)
     last = nn.ReLU(True), nn.Tanh(), nn.Dropout(dropout), nn.Tanh(), nn.Linear(36 // width, 3)
@@ -96,7 +95,7 @@ STACKED = {  # a task, and what its space has besides
     "adam": (TASK._replace(optimizer=optim.Adam), ADAM),
     "adamw": (TASK._replace(optimizer=optim.AdamW), ADAM),
     "adamw's own decay": (TASK._replace(optimizer=optim.AdamW), {"lr": [0.001, 0.01]}),
-    "epochs": (TASK, {"epochs": [3, 7]}),
+    "epochs": (TASK._replace(score=lambda o, y: o.mean() + torch.rand(1)), {"epochs": [3, 7]}),
     "one output, float64": (make_task(ONE.build_model, F.mse_loss, FLOATS.double()), {}),
     "three outputs": (make_task(net, F.mse_loss, X[:, 3:]), {}),
     "huber": (ONE._replace(loss=F.huber_loss), {}),
@@ -338,16 +337,17 @@ def rows(log, columns="number, repeat, score, hyperparams") -> list[tuple]:
 
 def test_a_search_resumes_bit_for_bit_and_says_what_is_there(tmp_path, capsys):
     log = str(tmp_path / "trials.db")
-    search = functools.partial(rs.random_search, TASK, SPACE | {"dropout": [0.2]}, log=log)
-    search(10, 2, name="first")
-    resumed = search(14, 2, repeats=2, name="first")
-    assert resumed == search(14, 2, repeats=2, log=None)
-    search(3, 3)
-    told = re.findall(r"(\d+) of (\d+) trials, (\d+) of others\n", capsys.readouterr().err)
-    assert [[*map(int, line)] for line in told] == [[0, 10, 0], [10, 14, 0], [0, 3, 14]]
-    trial = min(resumed, key=lambda trial: trial.number)
-    *row, hyperparams = rows(log, "repeat, number, seed, name, score, hyperparams")[0]
-    assert row == [0, 0, 0, "first", trial.score] and json.loads(hyperparams) == trial.hyperparams
+    search = functools.partial(rs.random_search, space=SPACE, epochs=2, name="first", log=log)
+    search(TASK, trials=10)
+    resumed = search(TASK, trials=14, repeats=2)
+    assert resumed == search(TASK, trials=14, repeats=2, log=None)
+    for name, own in {"epochs": 3, "name": "x", "seed": 1, "space": {"hidden_size": [5]}}.items():
+        search(TASK, trials=1, **{name: own})
+    search(ONE, trials=1)
+    told = re.findall(r"\d+(?= of)", capsys.readouterr().err)  # of these there, of others
+    assert [*map(int, told)] == [0, 0, 10, 0, 0, 14, 0, 15, 0, 16, 0, 17, 0, 18]
+    row = 0, resumed[0].number, 0, "first", resumed[0].score, json.dumps(resumed[0].hyperparams)
+    assert row in rows(log, "repeat, number, seed, name, score, hyperparams")
 
 
 def notebook(code):  # whose source is in no file
