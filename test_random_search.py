@@ -52,7 +52,7 @@ def run(task, trials, epochs=2) -> dict:
 
 # ---- Reproducibility and best-score tracking ----------------------------------------------------
 def test_a_search_is_reproducible_and_its_first_trials_are_a_smaller_search():
-    search = functools.partial(rs.random_search, rs.regression(), epochs=60, seed=5)
+    search = functools.partial(rs.random_search, rs.regression(), epochs=30, seed=5)
     every = search(trials=150)
     assert every == search(trials=150) != search(trials=150, seed=6)
     for numbers in (10, [np.int64(5), 5], range(5, 150, 16)):
@@ -126,7 +126,7 @@ def test_the_stack_does_as_the_loop_and_has_the_same_bits_in_any_company(name):
     trials += [rs.replace(t, **other) for t in trials[:2] for other in ({"repeat": 2}, {"seed": 9})]
     every = run(task, trials)
     assert every == run(task, trials[::-1])
-    for company in [*zip(trials[::2], strict=True), trials[:3], trials[3:6], trials[10:15]]:
+    for company in [*zip(trials[::3], strict=True), trials[:3], trials[3:6], trials[10:15]]:
         assert run(task, company).items() <= every.items()
 
 
