@@ -300,10 +300,10 @@ def random_search(
     whole = [seed, repeats, epochs, *numbers]
     are_whole = all(isinstance(n, int | np.integer) and 0 <= n < 2**63 for n in whole)
     require(are_whole and epochs and numbers, "trials, epochs: whole, from 1; seed, repeats from 0")
-    samples, again = ([sample_hyperparams(space, seed, n) for n in numbers] for _ in range(2))
-    is_same = repr(samples) == repr(again)  # as text: NaN is not NaN
+    trials = [Trial(int(n), sample_hyperparams(space, seed, n), int(seed)) for n in numbers]
+    again = repr([sample_hyperparams(space, seed, n) for n in numbers])  # as text: NaN is not NaN
+    is_same = again == repr([trial.hyperparams for trial in trials])
     require(is_same, "space: draw from the generator alone")
-    trials = [Trial(int(n), own, int(seed)) for n, own in zip(numbers, samples, strict=True)]
     if isinstance(task, Task):
         check(task, trials)
     database = sqlite3.connect(log or ":memory:", timeout=60, isolation_level=None)
