@@ -439,7 +439,7 @@ def with_masks(steps: Iterable[tuple], trial: Trial, models: tuple, width: int) 
         if type(layer) is nn.Dropout:
             widths.append(width)
     rates = [[layer.p for layer in model if type(layer) is nn.Dropout] for model in models]
-    rates = np.repeat(rates, np.array(widths, dtype=int), axis=1)
+    rates = np.repeat(rates, np.array(widths, dtype=int), axis=1)  # int where empty too
     rates = next(models[0].parameters()).new_tensor(rates)[:, None]  # [trials, 1, all widths]
     thresholds = (rates * 2**16 - 2**15).short()
     factors = (1 / (1 - rates)).nan_to_num(posinf=0)  # at a rate of 1 nothing is kept
@@ -494,7 +494,7 @@ def train_stack(stack: list[tuple[Trial, nn.Module]], task: Task, epochs: int) -
             own = kept.pop()
             if kind is nn.Linear:
                 (weight, weight_state), (bias, bias_state) = parameters
-                below = torch.bmm(gradient, weight) if kept else None  # of the rows: not needed
+                below = torch.bmm(gradient, weight) if kept else None  # rows need no gradient
                 for_bias = gradient.sum(1, keepdim=True)
                 if is_plain:  # no pass over memory for the gradient of the weight
                     weight.baddbmm_(gradient.mT, own)
